@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PROTO := protos/logprobs/v1/logprobs.proto
 ARGS ?=
 
-.PHONY: demo serve test check proto bench clean
+.PHONY: demo serve test check proto baseline bench clean
 
 demo: $(READY)
 	$(BIN)/python -m logprobs_server.demo $(ARGS)
@@ -32,6 +32,10 @@ proto: $(READY)
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
 	  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	  --python_out=client --grpc_python_out=client --mypy_out=client --mypy_grpc_out=client $(PROTO)
+
+# On release only: what `check` compares the contract with from then on.
+baseline: $(READY)
+	$(BIN)/buf build --exclude-source-info -o protos/baseline.json
 
 bench: $(READY)
 	$(BIN)/python -m bench $(ARGS)

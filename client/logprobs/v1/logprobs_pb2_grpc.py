@@ -27,7 +27,11 @@ if _version_not_supported:
 
 class LogprobsServiceStub(object):
     """Log probabilities of the tokens of given texts, and of tokens as they are generated.
-    All log probabilities are natural logarithms, in nats, at most 0.
+
+    All log probabilities are natural logarithms, in nats, at most 0. -inf means "masked out", unset means "not
+    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. Every breach
+    of a request's rules is reported at once, in a google.rpc.BadRequest; every error has a google.rpc.ErrorInfo of
+    domain "logprobs".
     """
 
     def __init__(self, channel):
@@ -70,7 +74,11 @@ class LogprobsServiceStub(object):
 
 class LogprobsServiceServicer(object):
     """Log probabilities of the tokens of given texts, and of tokens as they are generated.
-    All log probabilities are natural logarithms, in nats, at most 0.
+
+    All log probabilities are natural logarithms, in nats, at most 0. -inf means "masked out", unset means "not
+    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. Every breach
+    of a request's rules is reported at once, in a google.rpc.BadRequest; every error has a google.rpc.ErrorInfo of
+    domain "logprobs".
     """
 
     def Score(self, request, context):
@@ -81,14 +89,16 @@ class LogprobsServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ScoreStream(self, request_iterator, context):
-        """Scores many requests over one stream; answers come as they finish, in any order.
+        """Scores many requests over one stream; answers come as they finish, in any order. One that fails does not end the
+        stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Generates completions of a prompt and streams their tokens while they decode.
+        """Generates completions of a prompt and streams their tokens while they decode. What arrived before an error is
+        valid; a completion without a finished event is incomplete.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,7 +168,11 @@ def add_LogprobsServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class LogprobsService(object):
     """Log probabilities of the tokens of given texts, and of tokens as they are generated.
-    All log probabilities are natural logarithms, in nats, at most 0.
+
+    All log probabilities are natural logarithms, in nats, at most 0. -inf means "masked out", unset means "not
+    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. Every breach
+    of a request's rules is reported at once, in a google.rpc.BadRequest; every error has a google.rpc.ErrorInfo of
+    domain "logprobs".
     """
 
     @staticmethod
