@@ -29,9 +29,9 @@ class LogprobsServiceStub(object):
     """Log probabilities of the tokens of given texts, and of tokens as they are generated.
 
     All log probabilities are natural logarithms, in nats, at most 0. -inf means "masked out", unset means "not
-    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. Every breach
-    of a request's rules is reported at once, in a google.rpc.BadRequest; every error has a google.rpc.ErrorInfo of
-    domain "logprobs".
+    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. All breaches
+    of a request's rules are reported at once, in a google.rpc.BadRequest that tells the first 20; every error has a
+    google.rpc.ErrorInfo of domain "logprobs".
     """
 
     def __init__(self, channel):
@@ -76,9 +76,9 @@ class LogprobsServiceServicer(object):
     """Log probabilities of the tokens of given texts, and of tokens as they are generated.
 
     All log probabilities are natural logarithms, in nats, at most 0. -inf means "masked out", unset means "not
-    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. Every breach
-    of a request's rules is reported at once, in a google.rpc.BadRequest; every error has a google.rpc.ErrorInfo of
-    domain "logprobs".
+    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. All breaches
+    of a request's rules are reported at once, in a google.rpc.BadRequest that tells the first 20; every error has a
+    google.rpc.ErrorInfo of domain "logprobs".
     """
 
     def Score(self, request, context):
@@ -170,9 +170,9 @@ class LogprobsService(object):
     """Log probabilities of the tokens of given texts, and of tokens as they are generated.
 
     All log probabilities are natural logarithms, in nats, at most 0. -inf means "masked out", unset means "not
-    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. Every breach
-    of a request's rules is reported at once, in a google.rpc.BadRequest; every error has a google.rpc.ErrorInfo of
-    domain "logprobs".
+    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. All breaches
+    of a request's rules are reported at once, in a google.rpc.BadRequest that tells the first 20; every error has a
+    google.rpc.ErrorInfo of domain "logprobs".
     """
 
     @staticmethod

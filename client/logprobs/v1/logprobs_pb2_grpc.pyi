@@ -30,9 +30,9 @@ class LogprobsServiceStub:
     """Log probabilities of the tokens of given texts, and of tokens as they are generated.
 
     All log probabilities are natural logarithms, in nats, at most 0. -inf means "masked out", unset means "not
-    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. Every breach
-    of a request's rules is reported at once, in a google.rpc.BadRequest; every error has a google.rpc.ErrorInfo of
-    domain "logprobs".
+    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. All breaches
+    of a request's rules are reported at once, in a google.rpc.BadRequest that tells the first 20; every error has a
+    google.rpc.ErrorInfo of domain "logprobs".
     """
 
     @_typing.overload
@@ -61,9 +61,9 @@ class LogprobsServiceAsyncStub(LogprobsServiceStub):
     """Log probabilities of the tokens of given texts, and of tokens as they are generated.
 
     All log probabilities are natural logarithms, in nats, at most 0. -inf means "masked out", unset means "not
-    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. Every breach
-    of a request's rules is reported at once, in a google.rpc.BadRequest; every error has a google.rpc.ErrorInfo of
-    domain "logprobs".
+    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. All breaches
+    of a request's rules are reported at once, in a google.rpc.BadRequest that tells the first 20; every error has a
+    google.rpc.ErrorInfo of domain "logprobs".
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -88,9 +88,9 @@ class LogprobsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Log probabilities of the tokens of given texts, and of tokens as they are generated.
 
     All log probabilities are natural logarithms, in nats, at most 0. -inf means "masked out", unset means "not
-    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. Every breach
-    of a request's rules is reported at once, in a google.rpc.BadRequest; every error has a google.rpc.ErrorInfo of
-    domain "logprobs".
+    defined"; NaN is never sent. A request with unknown fields or enum values, at any depth, is refused. All breaches
+    of a request's rules are reported at once, in a google.rpc.BadRequest that tells the first 20; every error has a
+    google.rpc.ErrorInfo of domain "logprobs".
     """
 
     @_abc_1.abstractmethod
