@@ -1,0 +1,1 @@
+"""The Logprobs service: scores texts and streams generated tokens with their log probabilities."""

@@ -1,0 +1,276 @@
+"""The built-in engine: one thread that schedules, runs the model once, reduces, and publishes, step after step.
+
+The only owner of the model, the scheduler and the sequences; other threads reach it through a queue of
+commands. Knows nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from logprobs_server.engine.kv_cache import BlockPool
+from logprobs_server.engine.logprobs import position_logprobs
+from logprobs_server.engine.model import Chunk, Model
+from logprobs_server.engine.random import VocabularyNoise
+from logprobs_server.engine.sampling import DrawnToken, draw_tokens
+from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits, Work
+from logprobs_server.engine.sequences import JobState, Row, Sequence
+from logprobs_server.engine.types import (
+    CompletionFinished,
+    ContinuationScored,
+    EngineUnavailableError,
+    Event,
+    Job,
+    JobFailed,
+    JobFinished,
+    ModelDescription,
+    PositionLogprobs,
+    PromptScored,
+    Sink,
+    Ticket,
+    TokenBytes,
+)
+
+__all__ = ["TorchEngine"]
+
+_log = logging.getLogger(__name__)
+
+_SLICE_ELEMENTS = 1 << 22
+"""Logits reduced at a time: 16 MiB in float32, few enough to stay small, enough rows to keep the head a product."""
+
+
+class TorchEngine:
+    """Runs one model for many jobs at once. Implements `Engine`; start it with `start()`."""
+
+    def __init__(
+        self,
+        model: Model,
+        vocabulary: TokenBytes,
+        *,
+        max_sequences: int,
+        max_step_tokens: int,
+        max_queue: int,
+    ) -> None:
+        self._model = model
+        self._vocabulary = vocabulary
+        self._max_queue = max_queue
+        description = model.description
+        limits = SchedulerLimits(
+            max_sequences=max_sequences,
+            max_step_tokens=max(max_step_tokens, max_sequences),
+            context_length=description.context_length,
+        )
+        self._pool = BlockPool(model.num_blocks)
+        self._scheduler = Scheduler(limits, self._pool, frozenset(description.eos_token_ids))
+        self._noise = VocabularyNoise(description.vocabulary_size, model.device)
+        self._slice_rows = max(1, _SLICE_ELEMENTS // description.vocabulary_size)
+        self._states: dict[Ticket, JobState] = {}
+        self._commands: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the engine's thread."""
+        self._thread.start()
+
+    @property
+    def description(self) -> ModelDescription:
+        """The model served."""
+        return self._model.description
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks of the KV cache that nobody holds; all of them when nothing runs."""
+        return self._pool.num_free
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the KV cache in all."""
+        return self._pool.num_blocks
+
+    def unfit(self, job: Job) -> str | None:
+        """Why this engine could never do this job, whatever the load; None if it can."""
+        needed = self._scheduler.needs(JobState(Ticket(job, _ignore)))
+        if needed > self._pool.num_blocks:
+            return f"needs {needed} blocks of KV cache, the server has {self._pool.num_blocks}"
+        return None
+
+    def submit(self, job: Job, sink: Sink) -> Ticket:
+        """Queues a job.
+
+        Raises:
+            EngineUnavailableError: the queue is full, or the engine is closing.
+        """
+        if self._closing:
+            raise EngineUnavailableError("the server is shutting down", reason="SHUTTING_DOWN", retry_after_s=None)
+        if self._scheduler.num_waiting + self._commands.qsize() >= self._max_queue:
+            message = f"the queue is full: {self._max_queue} requests wait"
+            raise EngineUnavailableError(message, reason="QUEUE_FULL", retry_after_s=1.0)
+        ticket = Ticket(job, sink)
+        self._commands.put(("submit", ticket))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forgets a job within one step; no event follows. A job that has ended is left alone."""
+        self._commands.put(("cancel", ticket))
+
+    def close(self) -> None:
+        """Ends the engine's thread; jobs under way fail."""
+        self._closing = True
+        self._commands.put(("close", None))
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while self._receive():
+            try:
+                self._step()
+            except Exception as error:  # whatever a step raises, callers are told and the next jobs go on
+                _log.exception("a step failed")
+                for state in self._scheduler.jobs:
+                    self._fail(state, "ENGINE_FAILED", repr(error))
+        for state in list(self._states.values()):
+            self._fail(state, "SHUTTING_DOWN", "the engine was closed")
+
+    def _receive(self) -> bool:
+        """Takes the commands that wait, or waits for one if there is nothing to do; False ends the thread."""
+        while self._scheduler.idle or not self._commands.empty():
+            command, ticket = self._commands.get()
+            if ticket is None:
+                return False
+            if command == "submit":
+                state = self._states[ticket] = JobState(ticket)
+                self._scheduler.add(state)
+            elif ticket in self._states:
+                self._scheduler.remove(self._states.pop(ticket))
+        return True
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        self._scheduler.admit()
+        rows = self._compute(self._scheduler.schedule())
+        rows += self._start_branches()
+        scored: defaultdict[Sequence, list[PositionLogprobs]] = defaultdict(list)
+        for first in range(0, len(rows), self._slice_rows):
+            part = rows[first : first + self._slice_rows]
+            logits = self._model.logits(torch.stack([hidden for _, hidden in part])).float()
+            self._deliver([row for row, _ in part], logits, scored)
+        self._publish(scored)
+
+    def _compute(self, work: list[Work]) -> list[tuple[Row, Tensor]]:
+        """Runs the model once over the work; returns the rows wanted of it, each with its hidden state."""
+        if not work:
+            return []
+        chunks = [
+            Chunk(token_ids=w.sequence.token_ids[w.start : w.stop], start=w.start, blocks=w.sequence.blocks)
+            for w in work
+        ]
+        hidden = self._model.forward(chunks)  # [tokens, hidden]
+        rows: list[tuple[Row, Tensor]] = []
+        offset = 0
+        for w in work:
+            w.sequence.num_computed = w.stop
+            rows += [(row, hidden[offset + index - w.start]) for index, row in w.sequence.rows_after(w.start, w.stop)]
+            offset += w.stop - w.start
+            if w.sequence.branch is None and w.stop == w.sequence.goal:
+                w.sequence.last_hidden = hidden[offset - 1].clone()
+        return rows
+
+    def _start_branches(self) -> list[tuple[Row, Tensor]]:
+        """Starts branches where there is room; returns the rows that follow from their roots."""
+        started = self._scheduler.start_branches()
+        copies = [branch.copied_block for branch in started if branch.copied_block is not None]
+        if copies:
+            self._model.copy_blocks(copies)
+        rows: list[tuple[Row, Tensor]] = []
+        for branch in started:
+            sequence, prefix = branch.sequence, branch.sequence.num_computed
+            if sequence.completion is not None and sequence.completion.limit == 0:
+                sequence.job.events.append(sequence.completion.finish_empty())
+                self._scheduler.retire(sequence)
+            elif branch.root is not None:
+                hidden = branch.root.last_hidden
+                rows += [(row, hidden) for _, row in sequence.rows_after(prefix - 1, prefix)]
+        self._scheduler.retire_roots()
+        return rows
+
+    def _deliver(self, rows: list[Row], logits: Tensor, scored: defaultdict[Sequence, list[PositionLogprobs]]) -> None:
+        """Draws and reduces some rows, and hands each sequence what it wanted.
+
+        Args:
+            logits: [rows, vocab] float32.
+        """
+        drawing = [index for index, row in enumerate(rows) if row.draw is not None]
+        drawn: dict[int, DrawnToken] = {}
+        if drawing:
+            part = logits if len(drawing) == len(rows) else logits[drawing]
+            draws = [draw for row in rows if (draw := row.draw) is not None]
+            drawn = dict(zip(drawing, draw_tokens(part, draws, self._noise), strict=True))
+        token_ids = [drawn[i].token_id if i in drawn else row.token_id for i, row in enumerate(rows)]
+        positions = position_logprobs(logits, token_ids, [row.options for row in rows])
+        for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
+            job = row.sequence.job
+            if job.ticket not in self._states:
+                continue
+            if position is None:
+                self._fail(job, "MODEL_YIELDED_NAN", "the logits of a position hold NaN or +inf")
+            elif index in drawn:
+                self._accept(row.sequence, position, drawn[index])
+            else:
+                scored[row.sequence].append(position)
+
+    def _accept(self, sequence: Sequence, position: PositionLogprobs, drawn: DrawnToken) -> None:
+        assert sequence.completion is not None
+        events = sequence.completion.accept(position, drawn.sampling_logprob, drawn.set_size, self._vocabulary)
+        sequence.job.events += events
+        if events and isinstance(events[-1], CompletionFinished):
+            self._scheduler.retire(sequence)
+        else:
+            sequence.token_ids.append(drawn.token_id)
+            sequence.goal += 1
+
+    def _publish(self, scored: dict[Sequence, list[PositionLogprobs]]) -> None:
+        """Tells every job what this step gave it, and lets go of the sequences and jobs that are done."""
+        told: defaultdict[JobState, list[Event]] = defaultdict(list)
+        for sequence, positions in scored.items():
+            told[sequence.job].append(_scored_event(sequence, positions))
+        for state in list(self._states.values()):
+            for sequence in [s for s in state.branches if s.completion is None and s.num_pending == 0]:
+                self._scheduler.retire(sequence)
+            events = told[state] + state.events
+            state.events = []
+            if state.done:
+                events.append(JobFinished())
+                del self._states[state.ticket]
+            if events:
+                self._tell(state, events)
+
+    def _fail(self, state: JobState, reason: str, detail: str) -> None:
+        """Ends a job that cannot go on; the others do not notice."""
+        self._scheduler.remove(state)
+        del self._states[state.ticket]
+        self._tell(state, [*state.events, JobFailed(reason=reason, detail=detail)])
+
+    def _tell(self, state: JobState, events: list[Event]) -> None:
+        try:
+            state.ticket.sink(events)
+        except Exception:  # a listener that is gone must not stop the engine
+            _log.exception("events could not be delivered")
+
+
+def _scored_event(sequence: Sequence, positions: list[PositionLogprobs]) -> Event:
+    """The positions of one step as the event that tells them; the one nobody chose a token for comes last."""
+    if sequence.branch is None:
+        return PromptScored(positions=positions)
+    following = positions.pop() if positions[-1].token_id is None else None
+    return ContinuationScored(index=sequence.branch, positions=positions, next_token=following)
+
+
+def _ignore(events: object) -> None:
+    """Listens to nothing."""

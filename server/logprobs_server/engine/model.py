@@ -1,0 +1,417 @@
+"""Models: the general path through transformers' own forward pass, for any causal language model it knows.
+
+The only module that imports transformers. A model computes chunks of sequences, keeps their keys and values in
+blocks, and turns hidden states into logits; it knows nothing of requests, sampling or log probabilities.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import cached_file
+
+from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
+from logprobs_server.engine.types import ModelDescription
+
+__all__ = [
+    "Chunk",
+    "LoadOptions",
+    "LoadedTokenizer",
+    "Model",
+    "ModelNotServableError",
+    "TransformersModel",
+    "load_model",
+    "load_tokenizer",
+]
+
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_UNLIMITED_CONTEXT = 2048
+"""Context of models whose positions have no end and whose configuration names none: BLOOM was trained on 2,048."""
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_CHECK_TOKENS = 24
+_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+"""Mean difference, in nats, between a model's plain forward pass and ours from which it is refused."""
+_KV_SHARE = 0.5
+"""Share of the free memory that the KV cache takes at most when its size is not set."""
+
+
+class ModelNotServableError(Exception):
+    """A model that cannot be served; the message is the reason, for the operator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Consecutive tokens of one sequence, to be computed: the first stands at position `start`.
+
+    blocks: where the sequence's keys and values are; those of the tokens before `start` are there already.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+
+
+class Model(Protocol):
+    """What the engine needs of a model."""
+
+    description: ModelDescription
+    device: torch.device
+    num_blocks: int
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab] that follow hidden states [rows, hidden]."""
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies keys and values of blocks, (from, to)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What to load and how.
+
+    path: a folder or a hub id.
+    revision: of the weights; empty takes what the hub says.
+    dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
+    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" …
+    context_length: at most the model's own, which None takes.
+    kv_cache_bytes: None takes what `max_sequences` of the longest can use, at most half the free memory.
+    """
+
+    path: str
+    name: str
+    revision: str
+    max_sequences: int
+    dtype: str = "auto"
+    device: str = "auto"
+    context_length: int | None = None
+    kv_cache_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedTokenizer:
+    """A tokenizer, and whether the model has a template for conversations."""
+
+    tokenizer: Tokenizer
+    has_chat_template: bool
+
+
+class _Group:
+    """Chunks of equal length as one padded batch: pasts are padded on the left, so that distances stay right."""
+
+    def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
+        past, new = max(chunk.start for chunk in chunks), len(chunks[0].token_ids)
+        slots = [_slots(chunk.blocks, chunk.start + new) for chunk in chunks]
+        self.token_ids = torch.tensor([list(chunk.token_ids) for chunk in chunks], device=device)
+        self.position_ids = torch.tensor([list(range(c.start, c.start + new)) for c in chunks], device=device)
+        self.attention_mask = torch.tensor(
+            [[0] * (past - chunk.start) + [1] * (chunk.start + new) for chunk in chunks], device=device
+        )
+        # Padding reads block 0, which stays zero. [batch, past] and [batch · new]
+        self.past_slots = torch.tensor(
+            [[0] * (past - c.start) + s[: c.start] for c, s in zip(chunks, slots, strict=True)],
+            device=device,
+            dtype=torch.int64,
+        )
+        self.new_slots = torch.tensor([slot for s in slots for slot in s[-new:]], device=device)
+
+
+class _BlockLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
+    """One layer's keys and values in blocks, which transformers sees as the past of the group under way."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.stores = (keys, values)  # [slots, heads, head_dim] each
+        self.group: _Group | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stores the new keys and values, [batch, heads, new, head_dim]; returns past and new ones together."""
+        return self._extend(self.stores[0], key_states), self._extend(self.stores[1], value_states)
+
+    def _extend(self, store: Tensor, new: Tensor) -> Tensor:
+        assert self.group is not None
+        store[self.group.new_slots] = new.transpose(1, 2).flatten(0, 1)
+        past = store[self.group.past_slots].transpose(1, 2)  # [batch, heads, past, head_dim]
+        return torch.cat([past, new], dim=2)
+
+    def get_seq_length(self) -> int:
+        """Length of the group's past, padding included."""
+        return 0 if self.group is None else self.group.past_slots.shape[1]
+
+
+class _HiddenStates(BaseModelOutputWithPast):  # type: ignore[misc]  # transformers is not typed
+    """A decoder's output that has nothing but hidden states, whatever else a model's forward hands on."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _PassThrough(nn.Module):
+    """Stands where the decoder stood: the model's own forward then applies its head to hidden states handed in."""
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _HiddenStates:
+        """Hands the hidden states through."""
+        return _HiddenStates(last_hidden_state=inputs_embeds)
+
+
+class TransformersModel:
+    """A causal language model run by transformers, its keys and values in blocks. Implements `Model`.
+
+    Raises:
+        ModelNotServableError: its forward pass through the blocks does not agree with its plain one.
+    """
+
+    def __init__(self, model: Any, description: ModelDescription, *, kv_cache_bytes: int | None, max_sequences: int):
+        self.description = description
+        self.device = model.device
+        ids, plain = _plain_logits(model, description)
+        self._body = model.get_decoder()
+        self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
+        shapes = _kv_shapes(self._body, self.device)
+        self.num_blocks = _num_blocks(shapes, model.dtype, description, kv_cache_bytes, max_sequences, self.device)
+        self._layers = [
+            _BlockLayer(*(self._new_store(heads, size, model.dtype) for heads, size in layer)) for layer in shapes
+        ]
+        self._cache = Cache(layers=list(self._layers))
+        _replace_module(model, self._body, _PassThrough())
+        self._head = model
+        self._check(ids, plain, _CHECK_TOLERANCE[model.dtype])
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""
+        order = sorted(range(len(chunks)), key=lambda i: len(chunks[i].token_ids))
+        parts: dict[int, Tensor] = {}
+        for _, members in itertools.groupby(order, key=lambda i: len(chunks[i].token_ids)):
+            indices = list(members)
+            hidden = self._run(_Group([chunks[i] for i in indices], self.device))
+            parts.update(zip(indices, hidden, strict=True))
+        return torch.cat([parts[i] for i in range(len(chunks))])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab] that follow hidden states [rows, hidden], in the model's dtype."""
+        logits: Tensor = self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
+        return logits.squeeze(0)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies keys and values of blocks, (from, to)."""
+        sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
+        for store in itertools.chain.from_iterable(layer.stores for layer in self._layers):
+            blocks = store.view(self.num_blocks, BLOCK_SIZE, *store.shape[1:])
+            blocks[targets] = blocks[sources]
+
+    def _run(self, group: _Group) -> Tensor:
+        """Runs one group; returns [batch, new, hidden]."""
+        for layer in self._layers:
+            layer.group = group
+        positions = {"position_ids": group.position_ids} if self._takes_positions else {}
+        hidden: Tensor = self._body(
+            input_ids=group.token_ids,
+            attention_mask=group.attention_mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **positions,
+        ).last_hidden_state
+        return hidden
+
+    def _new_store(self, heads: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Room for all blocks' keys or values: [slots, heads, head_dim]. Untouched memory costs nothing on a CPU."""
+        store = torch.empty(self.num_blocks * BLOCK_SIZE, heads, size, dtype=dtype, device=self.device)
+        store[:BLOCK_SIZE] = 0
+        return store
+
+    @torch.inference_mode()
+    def _check(self, ids: list[int], plain: Tensor, tolerance: float) -> None:
+        """Compares a prompt computed in chunks and token by token with the plain forward pass."""
+        cuts = [0, len(ids) // 2, *range(len(ids) // 2 + 3, len(ids) + 1)]
+        blocks = range(1, 1 + blocks_for(len(ids)))
+        hidden = torch.cat(
+            [
+                self.forward([Chunk(token_ids=ids[start:stop], start=start, blocks=blocks)])
+                for start, stop in itertools.pairwise(cuts)
+            ]
+        )
+        difference = (_logprobs(self.logits(hidden)) - _logprobs(plain[: len(hidden)])).abs().mean().item()
+        if not difference <= tolerance:
+            raise ModelNotServableError(
+                f"{self.description.name}: its forward pass through a KV cache differs from its plain one "
+                f"by {difference:.3g} nats on average; models with other state than keys and values cannot be served"
+            )
+
+
+def load_model(options: LoadOptions) -> TransformersModel:
+    """Loads a model's weights and makes it ready to run.
+
+    Raises:
+        ModelNotServableError: with the reason.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = _config(options)
+    device, dtype = _device(options.device), _dtype(options)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            options.path, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelNotServableError(f"{options.name}: the weights cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelNotServableError(f"{options.name}: the checkpoint lacks weights, among them {missing}")
+    model = model.to(device).eval()
+    description = _description(options, config, model)
+    try:
+        return TransformersModel(
+            model, description, kv_cache_bytes=options.kv_cache_bytes, max_sequences=options.max_sequences
+        )
+    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
+        reason = f"{options.name}: {type(model).__name__} cannot be run through a KV cache: {_first_line(error)}"
+        raise ModelNotServableError(reason) from error
+
+
+def load_tokenizer(path: str, name: str) -> LoadedTokenizer:
+    """The model's tokenizer: its tokenizer.json to the letter, or what transformers makes of older formats.
+
+    Raises:
+        ModelNotServableError: there is none, or it has no fast form.
+    """
+    try:
+        known = transformers.AutoTokenizer.from_pretrained(path)
+        file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        tokenizer = known.backend_tokenizer if file is None else Tokenizer.from_file(file)
+    except Exception as error:  # the tokenizers package raises bare exceptions
+        raise ModelNotServableError(f"{name}: no usable tokenizer: {_first_line(error)}") from error
+    return LoadedTokenizer(tokenizer=tokenizer, has_chat_template=bool(known.chat_template))
+
+
+def _config(options: LoadOptions) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(options.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotServableError(f"{options.name}: no usable configuration: {_first_line(error)}") from error
+    if config.is_encoder_decoder:
+        raise ModelNotServableError(
+            f"{options.name}: {config.model_type} is an encoder-decoder, not a causal language model"
+        )
+    other = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if other:
+        raise ModelNotServableError(
+            f"{options.name}: layers of type {', '.join(sorted(other))} keep state without a KV cache"
+        )
+    return config
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelNotServableError(f"device {device} is not available: {_first_line(error)}") from error
+
+
+def _dtype(options: LoadOptions) -> torch.dtype:
+    if options.dtype == "auto":
+        return torch.bfloat16 if _device(options.device).type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    return dtype
+
+
+def _description(options: LoadOptions, config: Any, model: Any) -> ModelDescription:
+    own = next(
+        (n for field in _CONTEXT_FIELDS if isinstance(n := getattr(config, field, None), int)),
+        _UNLIMITED_CONTEXT,
+    )
+    if options.context_length is not None and options.context_length > own:
+        raise ModelNotServableError(f"context length {options.context_length} is above the model's own, {own}")
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    eos = config.eos_token_id if eos is None else eos
+    return ModelDescription(
+        name=options.name,
+        revision=options.revision or getattr(config, "_commit_hash", None) or "",
+        dtype=str(model.dtype).removeprefix("torch."),
+        batch_invariant=False,
+        vocabulary_size=model.get_input_embeddings().weight.shape[0],
+        context_length=options.context_length or own,
+        eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        bos_token_id=config.bos_token_id if isinstance(config.bos_token_id, int) else None,
+    )
+
+
+def _slots(blocks: Sequence[int], count: int) -> list[int]:
+    """Where the first `count` tokens of a sequence with these blocks are."""
+    return [block * BLOCK_SIZE + i for block in blocks[: blocks_for(count)] for i in range(BLOCK_SIZE)][:count]
+
+
+def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` where `old` stands inside the model."""
+    name = next(name for name, module in model.named_modules() if module is old)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+@torch.inference_mode()
+def _plain_logits(model: Any, description: ModelDescription) -> tuple[list[int], Tensor]:
+    """Some token ids and the logits of the model's plain forward pass over them, [tokens, vocab]."""
+    count = min(_CHECK_TOKENS, description.context_length)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(description.vocabulary_size, (1, count), generator=generator)
+    return ids[0].tolist(), model(input_ids=ids.to(model.device), use_cache=False).logits[0]
+
+
+def _logprobs(logits: Tensor) -> Tensor:
+    return logits.double().log_softmax(dim=-1).clamp_(min=-100)
+
+
+@torch.inference_mode()
+def _kv_shapes(body: Any, device: torch.device) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(heads, head_dim) of keys and of values, per layer, seen by computing one token."""
+    cache = DynamicCache()
+    body(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), past_key_values=cache, use_cache=True)
+    return [tuple((kv.shape[1], kv.shape[3]) for kv in (layer.keys, layer.values)) for layer in cache.layers]  # type: ignore[misc]
+
+
+def _num_blocks(
+    shapes: list[tuple[tuple[int, int], tuple[int, int]]],
+    dtype: torch.dtype,
+    description: ModelDescription,
+    kv_cache_bytes: int | None,
+    max_sequences: int,
+    device: torch.device,
+) -> int:
+    """Blocks of the KV cache, the unused block 0 included."""
+    token_bytes = dtype.itemsize * sum(heads * size for layer in shapes for heads, size in layer)
+    if kv_cache_bytes is None:
+        useful = max_sequences * description.context_length * token_bytes
+        kv_cache_bytes = min(useful, int(_KV_SHARE * _free_memory(device)))
+    blocks = kv_cache_bytes // (token_bytes * BLOCK_SIZE)
+    least = 2 * blocks_for(description.context_length)
+    if blocks < least:
+        needed = least * token_bytes * BLOCK_SIZE
+        raise ModelNotServableError(
+            f"{description.name}: a KV cache of {kv_cache_bytes:,} bytes is too small for a context of "
+            f"{description.context_length} tokens, which needs {needed:,}; set a shorter context length"
+        )
+    return 1 + blocks
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

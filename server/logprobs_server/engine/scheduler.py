@@ -1,0 +1,192 @@
+"""Decides what each step computes: iteration-level batching (Orca, OSDI 2022) with chunked prefill. No tensors.
+
+Jobs enter in the order they came. A sequence gets all the blocks it may ever need when it starts, so nothing
+is ever taken back from it; a job enters only when the one before it has started all its branches, so the
+blocks that running sequences free always reach the oldest job that waits for some.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from logprobs_server.engine.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
+from logprobs_server.engine.sequences import Completion, JobState, Sequence
+from logprobs_server.engine.types import GenerateJob, JobStarted
+
+__all__ = ["Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """How much runs at once.
+
+    max_sequences: sequences alive at once.
+    max_step_tokens: tokens computed in a step; every decoding sequence gets its token, prefill shares the rest.
+    """
+
+    max_sequences: int
+    max_step_tokens: int
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Tokens start … stop - 1 of a sequence, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedBranch:
+    """A new branch, the root it starts from, and the block (from, to) whose contents must be copied before it runs."""
+
+    sequence: Sequence
+    root: Sequence | None
+    copied_block: tuple[int, int] | None
+
+
+class Scheduler:
+    """Keeps the queue, the running sequences and the blocks."""
+
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool, eos_token_ids: frozenset[int]) -> None:
+        self._limits = limits
+        self._pool = pool
+        self._eos = eos_token_ids
+        self._waiting: deque[JobState] = deque()
+        self._jobs: list[JobState] = []
+        self._sequences: list[Sequence] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs in the queue."""
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and not self._jobs
+
+    @property
+    def jobs(self) -> list[JobState]:
+        """Jobs that have entered, oldest first."""
+        return list(self._jobs)
+
+    def needs(self, job: JobState) -> int:
+        """Blocks that one branch of the job and its root hold together."""
+        return blocks_for(len(job.prefix)) + self._own_blocks(job)
+
+    def add(self, job: JobState) -> None:
+        """Puts a job at the end of the queue."""
+        self._waiting.append(job)
+
+    def remove(self, job: JobState) -> None:
+        """Forgets a job, wherever it is, and frees what it holds."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+        if job in self._jobs:
+            self._jobs.remove(job)
+            for sequence in [s for s in self._sequences if s.job is job]:
+                self.retire(sequence)
+
+    def admit(self) -> None:
+        """Lets jobs in while their root and one branch fit."""
+        while self._waiting and all(job.next_branch == job.branch_count for job in self._jobs[-1:]):
+            job = self._waiting[0]
+            if self.needs(job) > self._pool.num_free or not self._has_place():
+                return
+            self._jobs.append(self._waiting.popleft())
+            job.events.append(JobStarted(cached_token_count=0))
+            if job.prefix:
+                self._start_root(job)
+
+    def start_branches(self) -> list[StartedBranch]:
+        """Starts as many branches as there is room for, of the jobs whose root is computed."""
+        started = []
+        for job in self._jobs:
+            while job.awaits_branches and self._has_place() and self._fits(job):
+                started.append(self._start_branch(job))
+        return started
+
+    def retire_roots(self) -> None:
+        """Ends the roots that all branches have started from."""
+        for job in self.jobs:
+            if job.root is not None and job.next_branch == job.branch_count:
+                self.retire(job.root)
+
+    def schedule(self) -> list[Work]:
+        """What the next step computes: one token of every decoding sequence, then prompts in the order they came."""
+        work = [_all_of(s) for s in self._sequences if s.completion is not None and s.num_pending == 1]
+        room = self._limits.max_step_tokens - len(work)
+        for sequence in self._sequences:
+            pending = sequence.num_pending
+            if pending and not (sequence.completion is not None and pending == 1) and room > 0:
+                count = min(pending, room)
+                work.append(Work(sequence=sequence, start=sequence.num_computed, stop=sequence.num_computed + count))
+                room -= count
+        return work
+
+    def retire(self, sequence: Sequence) -> None:
+        """Ends a sequence and gives its blocks back."""
+        self._sequences.remove(sequence)
+        self._pool.release(sequence.blocks)
+        if sequence.job.root is sequence:
+            sequence.job.root = None
+        sequence.job.branches.discard(sequence)
+        if sequence.job.done and sequence.job in self._jobs:
+            self._jobs.remove(sequence.job)
+
+    def _has_place(self) -> bool:
+        """Whether one more sequence may live. A computed root waits for its branches and takes no place."""
+        alive = sum(s.branch is not None or s.num_pending > 0 for s in self._sequences)
+        return alive < self._limits.max_sequences
+
+    def _own_blocks(self, job: JobState) -> int:
+        """Blocks that one branch holds besides those it shares with the root."""
+        return blocks_for(job.most_tokens(self._limits.context_length)) - len(job.prefix) // BLOCK_SIZE
+
+    def _fits(self, job: JobState) -> bool:
+        return self._own_blocks(job) <= self._pool.num_free
+
+    def _start_root(self, job: JobState) -> None:
+        prefix = list(job.prefix)
+        blocks = self._pool.allocate(blocks_for(len(prefix)))
+        root = Sequence(job, None, prefix, blocks, computed=0, goal=len(prefix))
+        if isinstance(job.job, GenerateJob) and job.job.prompt_logprobs is not None:
+            root.targets_from = 0
+            root.options = job.job.prompt_logprobs
+        job.root = root
+        self._sequences.append(root)
+
+    def _start_branch(self, job: JobState) -> StartedBranch:
+        shared = job.root.blocks[: len(job.prefix) // BLOCK_SIZE] if job.root else []
+        self._pool.share(shared)
+        own = self._pool.allocate(self._own_blocks(job))
+        copied = None
+        if job.root is not None and len(job.prefix) % BLOCK_SIZE:
+            copied = (job.root.blocks[len(shared)], own[0])
+        return StartedBranch(sequence=self._new_branch(job, shared + own), root=job.root, copied_block=copied)
+
+    def _new_branch(self, job: JobState, blocks: list[int]) -> Sequence:
+        index, prefix = job.next_branch, len(job.prefix)
+        continuation = job.continuation(index)
+        token_ids = list(job.prefix) + list(continuation.token_ids if continuation else ())
+        # Nothing follows the last token of a continuation, so it is computed only if what would follow is asked for.
+        goal = len(token_ids) if continuation is None or job.wants_next_token else max(prefix, len(token_ids) - 1)
+        branch = Sequence(job, index, token_ids, blocks, computed=prefix, goal=goal)
+        if continuation is not None:
+            branch.targets_from = prefix + continuation.scored_from
+        else:
+            assert isinstance(job.job, GenerateJob)
+            room = self._limits.context_length - prefix
+            branch.completion = Completion(job.job, index, self._eos, room)
+        job.next_branch += 1
+        job.branches.add(branch)
+        self._sequences.append(branch)
+        return branch
+
+
+def _all_of(sequence: Sequence) -> Work:
+    return Work(sequence=sequence, start=sequence.num_computed, stop=sequence.goal)

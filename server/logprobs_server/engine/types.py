@@ -1,0 +1,288 @@
+"""Values that cross the engine's boundary: the jobs it takes, the events it gives, what a model is.
+
+Everything here is plain data: no tensors, no gRPC. All log probabilities are natural logarithms, in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+__all__ = [
+    "CompletionDecoded",
+    "CompletionFinished",
+    "Continuation",
+    "ContinuationScored",
+    "DecodedToken",
+    "Engine",
+    "EngineUnavailableError",
+    "Event",
+    "FinishReason",
+    "GenerateJob",
+    "Job",
+    "JobFailed",
+    "JobFinished",
+    "JobStarted",
+    "LogprobOptions",
+    "ModelDescription",
+    "PositionLogprobs",
+    "PromptScored",
+    "SamplingOptions",
+    "ScoreJob",
+    "Sink",
+    "StoppingOptions",
+    "Ticket",
+    "TokenBytes",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobOptions:
+    """What to tell about a position besides the logprob of its token."""
+
+    top_count: int = 0
+    token_ids: tuple[int, ...] = ()
+    entropy: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are drawn; `seed` is that of completion 0, completion i uses `seed + i`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoppingOptions:
+    """What ends a completion before its last possible token."""
+
+    strings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    include: bool = False
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """Tokens that follow the prefix of a ScoreJob; those from `scored_from` on are scored."""
+
+    token_ids: tuple[int, ...]
+    scored_from: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreJob:
+    """Scores continuations of one prefix, which is computed once.
+
+    A token that nothing precedes has no distribution and is not reported: it is for the caller to add.
+    """
+
+    prefix: tuple[int, ...]
+    continuations: tuple[Continuation, ...]
+    logprobs: LogprobOptions
+    next_token: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateJob:
+    """Draws completions of a prompt, which is computed once.
+
+    The prompt's first token has no distribution and is not among the positions reported.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    completion_count: int
+    sampling: SamplingOptions
+    stopping: StoppingOptions
+    logprobs: LogprobOptions
+    prompt_logprobs: LogprobOptions | None = None
+
+
+Job = ScoreJob | GenerateJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PositionLogprobs:
+    """One position under the model's own distribution: temperature 1, nothing masked.
+
+    token_id: the token that stands there; None for the distribution of a token that nobody chose.
+    logprob, rank: of that token, None if there is none. Rank counts from 1.
+    greedy: whether greedy decoding would have chosen that token.
+    top_ids, top_logprobs: the most probable tokens, by logit, then by lower id.
+    tail_logprob: log of the probability outside `top_ids`; None if no top was asked for.
+    named_logprobs: of the token ids asked for, in their order.
+    entropy: in nats; None if not asked for.
+    """
+
+    token_id: int | None
+    logprob: float | None = None
+    rank: int | None = None
+    greedy: bool = False
+    top_ids: Sequence[int] = ()
+    top_logprobs: Sequence[float] = ()
+    tail_logprob: float | None = None
+    named_logprobs: Sequence[float] = ()
+    entropy: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedToken:
+    """A drawn token: the position under the model's distribution, how it was drawn, what it adds to the text."""
+
+    position: PositionLogprobs
+    sampling_logprob: float
+    sampling_set_size: int
+    bytes: bytes
+    byte_offset: int
+    code_point_offset: int
+    trimmed: bool
+
+
+class FinishReason(Enum):
+    """Why a completion ended."""
+
+    END_OF_SEQUENCE = "end_of_sequence"
+    STOP_STRING = "stop_string"
+    STOP_TOKEN = "stop_token"
+    MAX_TOKENS = "max_tokens"
+    CONTEXT_FULL = "context_full"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStarted:
+    """First event of a job: it left the queue. `cached_token_count` of its tokens need no computing."""
+
+    cached_token_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScored:
+    """Positions of the prompt of a GenerateJob, in order; any number of these until all are told."""
+
+    positions: Sequence[PositionLogprobs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContinuationScored:
+    """Scored positions of one continuation, in order; any number of these until all are told."""
+
+    index: int
+    positions: Sequence[PositionLogprobs]
+    next_token: PositionLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionDecoded:
+    """Tokens and text of one completion that became certain."""
+
+    index: int
+    tokens: Sequence[DecodedToken]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionFinished:
+    """Last event of one completion. Totals cover every drawn token; `byte_count` is that of its text."""
+
+    index: int
+    reason: FinishReason
+    token_count: int
+    byte_count: int
+    logprob: float
+    sampling_logprob: float
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFinished:
+    """Last event of a job that did all it was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFailed:
+    """Last event of a job that could not be done. `reason` is UPPER_SNAKE; `detail` is for our log."""
+
+    reason: str
+    detail: str
+
+
+Event = (
+    JobStarted | PromptScored | ContinuationScored | CompletionDecoded | CompletionFinished | JobFinished | JobFailed
+)
+
+Sink = Callable[[Sequence[Event]], None]
+"""Takes the events that one step gave one job; called on the engine's thread, must not block."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ticket:
+    """Stands for one submitted job."""
+
+    job: Job = field(repr=False)
+    sink: Sink = field(repr=False)
+
+
+class TokenBytes(Protocol):
+    """The engine's view of a vocabulary."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text; empty for special tokens."""
+
+    def spelled(self, token_id: int) -> bytes:
+        """The token's bytes, a special one's spelling."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescription:
+    """What is served, and what one sequence or request can be at most."""
+
+    name: str
+    revision: str
+    dtype: str
+    batch_invariant: bool
+    vocabulary_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+
+class EngineUnavailableError(Exception):
+    """The engine takes no more jobs: its queue is full (waiting helps), or it is closing (it does not)."""
+
+    def __init__(self, message: str, *, reason: str, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class Engine(Protocol):
+    """What the service needs of an engine. Methods may be called from any thread."""
+
+    @property
+    def description(self) -> ModelDescription:
+        """The model served."""
+
+    def unfit(self, job: Job) -> str | None:
+        """Why this engine could never do this job, whatever the load; None if it can."""
+
+    def submit(self, job: Job, sink: Sink) -> Ticket:
+        """Queues a job.
+
+        Raises:
+            EngineUnavailableError: the queue is full, or the engine is closing.
+        """
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forgets a job within one step; no event follows. A job that has ended is left alone."""
+
+    def close(self) -> None:
+        """Ends the engine's thread; jobs under way fail."""

@@ -1,0 +1,102 @@
+"""Every error the service returns, with its status name and reason. Knows status names, not grpc."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "EngineFailedError",
+    "InvalidRequestError",
+    "MalformedRequestError",
+    "NotReadyError",
+    "OverloadedError",
+    "ServiceError",
+    "UnimplementedError",
+    "Violation",
+    "shown",
+]
+
+_MAX_SHOWN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A broken rule: the field's path, for example "sampling.top_p", and the rule with the value that broke it."""
+
+    field: str
+    description: str
+
+
+def shown(value: object) -> str:
+    """A value for a message: as Python would write it, cut to 64 characters."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
+
+
+class ServiceError(Exception):
+    """An error with a gRPC status. Subclasses fix `status` and a default `reason`."""
+
+    status = "UNKNOWN"
+    reason = "UNKNOWN"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        violations: Sequence[Violation] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or self.reason
+        self.violations = tuple(violations)
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequestError(ServiceError):
+    """The request breaks rules, whatever the load; all of them are listed."""
+
+    status = "INVALID_ARGUMENT"
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        first = violations[0]
+        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        super().__init__(f"{first.field}: {first.description}{more}", violations=violations)
+
+
+class MalformedRequestError(ServiceError):
+    """The request's bytes are no message of the expected type."""
+
+    status = "INVALID_ARGUMENT"
+    reason = "MALFORMED_REQUEST"
+
+
+class OverloadedError(ServiceError):
+    """The queue is full; waiting helps."""
+
+    status = "UNAVAILABLE"
+    reason = "QUEUE_FULL"
+
+
+class NotReadyError(ServiceError):
+    """The server is loading its model or shutting down."""
+
+    status = "UNAVAILABLE"
+    reason = "LOADING"
+
+
+class UnimplementedError(ServiceError):
+    """The method is not served."""
+
+    status = "UNIMPLEMENTED"
+    reason = "NOT_IMPLEMENTED"
+
+
+class EngineFailedError(ServiceError):
+    """Our fault; the details are in our log, under the request's id."""
+
+    status = "INTERNAL"
+    reason = "INTERNAL"

@@ -1,0 +1,177 @@
+"""What surrounds every call of our service: request ids, requests that cannot be decoded, errors, the log.
+
+The one place where errors become gRPC statuses with google.rpc details.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError, Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from logprobs_server.errors import EngineFailedError, MalformedRequestError, ServiceError, Violation
+
+__all__ = ["CallInterceptor", "status_of"]
+
+_log = logging.getLogger(__name__)
+_REQUEST_ID = "x-request-id"
+_SOUND_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_DOMAIN = "logprobs"
+_MAX_VIOLATIONS = 20
+_MAX_DETAILS_BYTES = 3800  # gRPC's trailers hold 8 KiB in all, and details travel in base64
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method of one service."""
+
+    def __init__(self, service: str) -> None:
+        self._prefix = f"/{service}/"
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The handler with what surrounds it; other services' handlers as they are."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(self._prefix):
+            return handler  # type: ignore[no-any-return]
+        call = _Call(handler_call_details.method.removeprefix(self._prefix), handler)
+        decode = _tolerant(handler.request_deserializer)
+        encode = handler.response_serializer
+        make: Any
+        behaviour: Any
+        if handler.request_streaming:
+            make, behaviour = grpc.stream_stream_rpc_method_handler, call.stream
+        elif handler.response_streaming:
+            make, behaviour = grpc.unary_stream_rpc_method_handler, call.stream
+        else:
+            make, behaviour = grpc.unary_unary_rpc_method_handler, call.unary
+        return make(behaviour, decode, encode)  # type: ignore[no-any-return]
+
+
+class _Call:
+    """One method's behaviour with what surrounds it."""
+
+    def __init__(self, method: str, handler: Any) -> None:
+        self._method = method
+        self._handler = handler
+
+    async def unary(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        """Answers once."""
+        watch = await self._begin(context)
+        try:
+            response = await self._handler.unary_unary(_sound(request), context)
+        except BaseException as error:
+            await watch.failed(error)
+            raise
+        watch.finished("OK")
+        return response
+
+    async def stream(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        """Answers any number of times."""
+        watch = await self._begin(context)
+        behaviour = self._handler.stream_stream if self._handler.request_streaming else self._handler.unary_stream
+        try:
+            async for response in behaviour(_sound(request), context):
+                yield response
+        except BaseException as error:
+            await watch.failed(error)
+            raise
+        watch.finished("OK")
+
+    async def _begin(self, context: grpc.aio.ServicerContext[Any, Any]) -> _Watch:
+        metadata = dict(context.invocation_metadata() or ())
+        given = metadata.get(_REQUEST_ID, "")
+        sound = isinstance(given, str) and _SOUND_ID.fullmatch(given)
+        request_id = str(given) if sound else uuid.uuid4().hex
+        await context.send_initial_metadata(((_REQUEST_ID, request_id),))
+        return _Watch(self._method, request_id, context)
+
+
+class _Watch:
+    """Follows one call to its end."""
+
+    def __init__(self, method: str, request_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self._method = method
+        self._request_id = request_id
+        self._context = context
+        self._start = time.perf_counter()
+
+    def finished(self, status: str) -> None:
+        """Logs the end."""
+        seconds = time.perf_counter() - self._start
+        _log.info("%s %s in %.3f s, request %s", self._method, status, seconds, self._request_id)
+
+    async def failed(self, error: BaseException) -> None:
+        """Ends the call with the status of the error, unless the caller has gone. Does not return normally then."""
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            self.finished("CANCELLED")
+            return
+        if not isinstance(error, ServiceError):
+            _log.error("%s failed, request %s", self._method, self._request_id, exc_info=error)
+            error = EngineFailedError(f"internal error; our log has it under request {self._request_id}")
+        self.finished(error.status)
+        await self._context.abort_with_status(rpc_status.to_status(status_of(error, self._request_id)))
+
+
+def status_of(error: ServiceError, request_id: str) -> status_pb2.Status:
+    """The error as google.rpc.Status: ErrorInfo always, BadRequest with violations, RetryInfo if waiting helps."""
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata={"request_id": request_id})
+    ]
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.violations:
+        details.append(_bad_request(error.violations))
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=error.message, details=packed)
+
+
+def _bad_request(violations: tuple[Violation, ...]) -> error_details_pb2.BadRequest:
+    """As many violations as fit the trailers; the last entry counts the rest."""
+    bad = error_details_pb2.BadRequest()
+    for index, violation in enumerate(violations):
+        bad.field_violations.add(field=violation.field, description=violation.description)
+        if bad.ByteSize() > _MAX_DETAILS_BYTES or index == _MAX_VIOLATIONS:
+            del bad.field_violations[-1]
+            bad.field_violations.add(field="", description=f"and {len(violations) - index} more")
+            break
+    return bad
+
+
+class _Undecodable:
+    """Stands for a request whose bytes are no message."""
+
+
+def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A decoder whose failure reaches us; gRPC alone would answer UNKNOWN."""
+
+    def decoded(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError:
+            return _Undecodable()
+
+    return decoded
+
+
+def _sound(request: Any) -> Any:
+    if isinstance(request, _Undecodable):
+        raise MalformedRequestError("the request cannot be decoded as a message of this method")
+    return request

@@ -1,0 +1,313 @@
+"""Builds the contract's messages from engine events. No torch, no gRPC, no policy but how streams are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+from logprobs.v1 import logprobs_pb2 as pb
+
+from logprobs_server.engine.types import (
+    CompletionDecoded,
+    CompletionFinished,
+    ContinuationScored,
+    DecodedToken,
+    Event,
+    FinishReason,
+    JobStarted,
+    ModelDescription,
+    PositionLogprobs,
+    PromptScored,
+)
+from logprobs_server.requests import GeneratePlan, GivenText, Limits, ScorePlan
+from logprobs_server.text.vocabulary import Vocabulary
+from logprobs_server.validation import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING
+
+__all__ = ["GenerateMessages", "MessageBuilder", "ScoreMessages"]
+
+_M = TypeVar("_M", pb.Token, pb.CompletionDelta)
+_REASONS = {
+    FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
+    FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
+    FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
+    FinishReason.MAX_TOKENS: pb.FINISH_REASON_MAX_TOKENS,
+    FinishReason.CONTEXT_FULL: pb.FINISH_REASON_CONTEXT_FULL,
+}
+
+
+class MessageBuilder:
+    """Builds the messages that need the vocabulary or the model's description."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, model: ModelDescription, limits: Limits, has_chat_template: bool
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._model = model
+        self._limits = limits
+        self._has_chat_template = has_chat_template
+        self._spelling = lru_cache(1 << 16)(lambda i: (vocabulary.token_bytes(i), vocabulary.special_name(i)))
+
+    @property
+    def response_bytes(self) -> int:
+        """Size that a message must not pass."""
+        return self._limits.response_bytes
+
+    def identity(self) -> pb.ModelIdentity:
+        """Which model answers."""
+        model = self._model
+        return pb.ModelIdentity(
+            name=model.name, revision=model.revision, dtype=model.dtype, batch_invariant=model.batch_invariant
+        )
+
+    def model(self) -> pb.GetModelResponse:
+        """The model, its limits and the defaults."""
+        limits = self._limits
+        return pb.GetModelResponse(
+            model=self.identity(),
+            vocabulary_size=self._model.vocabulary_size,
+            context_length=self._model.context_length,
+            defaults=pb.Defaults(
+                max_tokens=DEFAULT_MAX_TOKENS,
+                sampling=DEFAULT_SAMPLING,
+                stopping=pb.Stopping(min_tokens=0),
+                ranking=pb.Ranking(criterion=pb.RANKING_CRITERION_MEAN_LOGPROB, length_exponent=1),
+            ),
+            limits=pb.Limits(
+                top_count=limits.top_count,
+                completion_count=limits.completion_count,
+                stop_strings=limits.stop_strings,
+                continuations=limits.continuations,
+                alternatives=limits.alternatives,
+                request_bytes=limits.request_bytes,
+                response_bytes=limits.response_bytes,
+            ),
+            eos_token_ids=self._model.eos_token_ids,
+            bos_token_id=self._model.bos_token_id,
+            has_chat_template=self._has_chat_template,
+            tokenizer_revision=self._vocabulary.revision,
+        )
+
+    def tokenized(self, text: GivenText) -> pb.TokenizeResponse:
+        """Tokens of an input, without logprobs."""
+        tokens = [self.given_token(text, index, None, ()) for index in range(len(text.token_ids))]
+        return pb.TokenizeResponse(tokens=tokens, text_changed=text.text_changed)
+
+    def detokenized(self, token_ids: Sequence[int], keep_special: bool) -> pb.DetokenizeResponse:
+        """The text of some tokens."""
+        spell = self._vocabulary.spelled if keep_special else self._vocabulary.token_bytes
+        joined = b"".join(spell(token_id) for token_id in token_ids)
+        return pb.DetokenizeResponse(bytes=joined, text=joined.decode("utf-8", "replace"))
+
+    def given_token(
+        self, text: GivenText, index: int, position: PositionLogprobs | None, named_ids: Sequence[int]
+    ) -> pb.Token:
+        """A token the caller gave; without a position nothing precedes it."""
+        token = self._token(position or PositionLogprobs(token_id=text.token_ids[index]), named_ids)
+        token.bytes = text.pieces[index]
+        token.byte_offset = text.byte_offsets[index]
+        token.code_point_offset = text.code_point_offsets[index]
+        return token
+
+    def drawn_token(self, drawn: DecodedToken, named_ids: Sequence[int]) -> pb.Token:
+        """A token that was generated."""
+        token = self._token(drawn.position, named_ids)
+        token.bytes = drawn.bytes
+        token.sampling_logprob = drawn.sampling_logprob
+        token.sampling_set_size = drawn.sampling_set_size
+        token.byte_offset = drawn.byte_offset
+        token.code_point_offset = drawn.code_point_offset
+        token.trimmed = drawn.trimmed
+        return token
+
+    def next_token(self, position: PositionLogprobs, named_ids: Sequence[int]) -> pb.NextToken:
+        """The distribution of a token that nobody chose."""
+        return pb.NextToken(
+            top=self._alternatives(position.top_ids, position.top_logprobs),
+            named=self._alternatives(named_ids, position.named_logprobs),
+            tail_logprob=position.tail_logprob,
+            entropy=position.entropy,
+        )
+
+    def _token(self, position: PositionLogprobs, named_ids: Sequence[int]) -> pb.Token:
+        token_id = position.token_id
+        assert token_id is not None
+        return pb.Token(
+            id=token_id,
+            special=self._vocabulary.is_special(token_id),
+            special_name=self._spelling(token_id)[1],
+            logprob=position.logprob,
+            rank=position.rank,
+            top=self._alternatives(position.top_ids, position.top_logprobs),
+            named=self._alternatives(named_ids, position.named_logprobs),
+            tail_logprob=position.tail_logprob,
+            entropy=position.entropy,
+        )
+
+    def _alternatives(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> list[pb.Alternative]:
+        """Alternatives; none where there is no distribution, whatever was named."""
+        found = []
+        for token_id, logprob in zip(token_ids, logprobs, strict=False):
+            spelling, name = self._spelling(token_id)
+            found.append(pb.Alternative(id=token_id, bytes=spelling, logprob=logprob, special_name=name))
+        return found
+
+
+class ScoreMessages:
+    """Gathers the events of a ScoreJob into its ScoreResponse."""
+
+    def __init__(self, builder: MessageBuilder, plan: ScorePlan) -> None:
+        self._builder = builder
+        self._plan = plan
+        self._scored: list[list[PositionLogprobs]] = [[] for _ in plan.texts]
+        self._next: dict[int, PositionLogprobs] = {}
+        self._cached = 0
+
+    def push(self, event: Event) -> None:
+        """Takes the next event."""
+        if isinstance(event, ContinuationScored):
+            self._scored[event.index] += event.positions
+            if event.next_token is not None:
+                self._next[event.index] = event.next_token
+        elif isinstance(event, JobStarted):
+            self._cached = event.cached_token_count
+
+    def response(self) -> pb.ScoreResponse:
+        """The answer, once the job has finished."""
+        job = self._plan.job
+        computed = len(job.prefix) + sum(len(c.token_ids) for c in job.continuations)
+        return pb.ScoreResponse(
+            sequences=[self._sequence(index) for index in range(len(self._plan.texts))],
+            model=self._builder.identity(),
+            usage=pb.Usage(input_token_count=computed, cached_token_count=self._cached),
+        )
+
+    def _sequence(self, index: int) -> pb.ScoredSequence:
+        text, positions = self._plan.texts[index], self._scored[index]
+        named = self._plan.job.logprobs.token_ids
+        unscored = len(text.token_ids) - len(positions)  # the very first token of all
+        assert unscored == (1 if text.first == 0 and text.token_ids else 0)
+        tokens = []
+        if not self._plan.totals_only:
+            told: list[PositionLogprobs | None] = [None] * unscored + list(positions)
+            tokens = [self._builder.given_token(text, i, position, named) for i, position in enumerate(told)]
+        following = self._next.get(index)
+        return pb.ScoredSequence(
+            tokens=tokens,
+            totals=pb.Totals(
+                token_count=len(positions),
+                byte_count=text.byte_count,
+                logprob=sum(position.logprob or 0.0 for position in positions),
+            ),
+            greedy=all(position.greedy for position in positions),
+            context_token_count=text.first,
+            text_changed=text.text_changed,
+            next=None if following is None else self._builder.next_token(following, named),
+        )
+
+
+class GenerateMessages:
+    """Turns the events of a GenerateJob into the messages of its stream.
+
+    Events that waited together travel together: at most one TokensDecoded for all of them, unless it grew too large.
+    """
+
+    def __init__(self, builder: MessageBuilder, plan: GeneratePlan) -> None:
+        self._builder = builder
+        self._plan = plan
+        self._finished: dict[int, CompletionFinished] = {}
+        self._prompt_told = 0
+
+    def push(self, events: Sequence[Event]) -> Iterator[pb.GenerateResponse]:
+        """Messages for the next events, in the contract's order."""
+        for event in events:
+            if isinstance(event, JobStarted):
+                yield self._started(event)
+                if self._plan.job.prompt_logprobs is not None:
+                    yield from self._prompt([None])
+            elif isinstance(event, PromptScored):
+                yield from self._prompt(event.positions)
+        yield from self._decoded([event for event in events if isinstance(event, CompletionDecoded)])
+        for event in events:
+            if isinstance(event, CompletionFinished):
+                self._finished[event.index] = event
+                yield self._finish(event)
+        if len(self._finished) == self._plan.job.completion_count > 1:
+            yield self._ranked()
+
+    def _started(self, event: JobStarted) -> pb.GenerateResponse:
+        job = self._plan.job
+        return pb.GenerateResponse(
+            started=pb.GenerationStarted(
+                model=self._builder.identity(),
+                seed=job.sampling.seed,
+                prompt_token_count=len(job.prompt),
+                cached_token_count=event.cached_token_count,
+                completion_count=job.completion_count,
+            )
+        )
+
+    def _prompt(self, positions: Sequence[PositionLogprobs | None]) -> Iterator[pb.GenerateResponse]:
+        options, text = self._plan.job.prompt_logprobs, self._plan.prompt
+        assert options is not None
+        first, self._prompt_told = self._prompt_told, self._prompt_told + len(positions)
+        tokens = [
+            self._builder.given_token(text, first + i, position, options.token_ids)
+            for i, position in enumerate(positions)
+        ]
+        for part in _parts(tokens, self._builder.response_bytes):
+            yield pb.GenerateResponse(prompt_scored=pb.PromptScored(tokens=part, text_changed=text.text_changed))
+
+    def _decoded(self, events: Sequence[CompletionDecoded]) -> Iterator[pb.GenerateResponse]:
+        deltas: dict[int, pb.CompletionDelta] = {}
+        for event in events:
+            delta = deltas.setdefault(event.index, pb.CompletionDelta(completion=event.index))
+            delta.text += event.text
+            delta.tokens.extend(self._builder.drawn_token(t, self._plan.job.logprobs.token_ids) for t in event.tokens)
+        for part in _parts(list(deltas.values()), self._builder.response_bytes):
+            yield pb.GenerateResponse(decoded=pb.TokensDecoded(deltas=part))
+
+    def _finish(self, event: CompletionFinished) -> pb.GenerateResponse:
+        finished = pb.CompletionFinished(completion=event.index, reason=_REASONS[event.reason], totals=_totals(event))
+        if event.stop_string is not None:
+            finished.stop_string = event.stop_string
+        if event.stop_token_id is not None:
+            finished.stop_token_id = event.stop_token_id
+        return pb.GenerateResponse(finished=finished)
+
+    def _ranked(self) -> pb.GenerateResponse:
+        ranking = self._plan.ranking
+        values = {i: ranking.value(e.logprob, e.token_count) for i, e in self._finished.items()}
+        return pb.GenerateResponse(
+            ranked=pb.CompletionsRanked(
+                completions=[
+                    pb.RankedCompletion(completion=i, value=values[i], totals=_totals(self._finished[i]))
+                    for i in sorted(values, key=lambda i: (-values[i], i))
+                ],
+                criterion=pb.RankingCriterion.ValueType(ranking.criterion.value),
+            )
+        )
+
+
+def _totals(event: CompletionFinished) -> pb.Totals:
+    return pb.Totals(
+        token_count=event.token_count,
+        byte_count=event.byte_count,
+        logprob=event.logprob,
+        sampling_logprob=event.sampling_logprob,
+    )
+
+
+def _parts(messages: list[_M], limit: int) -> Iterator[list[_M]]:
+    """Cuts messages into lists that each stay well below `limit` bytes, unless a single one does not."""
+    part: list[_M] = []
+    size = 0
+    for message in messages:
+        message_size = message.ByteSize() + 8
+        if part and size + message_size > limit // 2:
+            yield part
+            part, size = [], 0
+        part.append(message)
+        size += message_size
+    if part:
+        yield part

@@ -1,0 +1,86 @@
+"""What a valid request asks for: an engine job, and the texts its tokens belong to. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from logprobs_server.engine.types import GenerateJob, ScoreJob
+
+__all__ = ["GeneratePlan", "GivenText", "Limits", "RankingCriterion", "RankingPlan", "ScorePlan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the server accepts at most. `alternatives` counts positions times alternatives of one request."""
+
+    top_count: int
+    completion_count: int
+    stop_strings: int
+    continuations: int
+    alternatives: int
+    request_bytes: int
+    response_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenText:
+    """Tokens the caller gave, as they are told: ids, exact bytes, and where each starts.
+
+    first: index, in the whole sequence, of the first of these tokens.
+    byte_count: of the text they are part of, as the model saw it.
+    text_changed: the tokenizer changed the text.
+    """
+
+    token_ids: Sequence[int]
+    pieces: Sequence[bytes]
+    byte_offsets: Sequence[int]
+    code_point_offsets: Sequence[int]
+    first: int
+    byte_count: int
+    text_changed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorePlan:
+    """A valid ScoreRequest."""
+
+    job: ScoreJob
+    texts: tuple[GivenText, ...]
+    totals_only: bool
+
+
+class RankingCriterion(Enum):
+    """How completions are ranked; the values are the contract's numbers."""
+
+    MEAN_LOGPROB = 1
+    TOTAL_LOGPROB = 2
+    LENGTH_NORMALIZED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankingPlan:
+    """The criterion, and the exponent of the token count for LENGTH_NORMALIZED."""
+
+    criterion: RankingCriterion = RankingCriterion.MEAN_LOGPROB
+    length_exponent: float = 1.0
+
+    def value(self, logprob: float, token_count: int) -> float:
+        """What a completion with this total and length is ranked by; higher is better."""
+        match self.criterion:
+            case RankingCriterion.TOTAL_LOGPROB:
+                return logprob
+            case RankingCriterion.MEAN_LOGPROB:
+                return logprob / max(token_count, 1)
+            case RankingCriterion.LENGTH_NORMALIZED:
+                return logprob / float(max(token_count, 1) ** self.length_exponent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratePlan:
+    """A valid GenerateRequest."""
+
+    job: GenerateJob
+    prompt: GivenText
+    ranking: RankingPlan
