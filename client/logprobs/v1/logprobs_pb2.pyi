@@ -206,7 +206,9 @@ class ScoreRequest(_message.Message):
 
     @_builtins.property
     def continuations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]:
-        """Each is scored given the context, which is encoded once. At most `Limits.continuations`. Default: none."""
+        """Each is scored given the context, which is encoded once. None gets special tokens of its own. At most
+        `Limits.continuations`. Default: none.
+        """
 
     @_builtins.property
     def logprobs(self) -> Global___LogprobOptions:
@@ -739,7 +741,7 @@ class Limits(_message.Message):
     REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     RESPONSE_BYTES_FIELD_NUMBER: _builtins.int
     top_count: _builtins.int
-    """Most `LogprobOptions.top_count`."""
+    """Most `LogprobOptions.top_count`, and most of its `token_ids`."""
     completion_count: _builtins.int
     """Most completions drawn for one request."""
     beam_count: _builtins.int
@@ -912,8 +914,8 @@ class LogprobOptions(_message.Message):
     """Also report each position's entropy. Default: false."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Alternatives per position: these tokens, whatever their probability, each 0 to `vocabulary_size` - 1. Default:
-        none.
+        """Alternatives per position: these tokens, whatever their probability, each 0 to `vocabulary_size` - 1. At most
+        `Limits.top_count`. Default: none.
         """
 
     def __init__(
@@ -1443,13 +1445,15 @@ class Stopping(_message.Message):
     """End-of-sequence tokens may be drawn and do not stop. Default: false."""
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end a completion; the match that ends first wins, then the longest. None empty; at most
-        `Limits.stop_strings`. Default: none.
+        """Strings that end a completion; the match that ends first wins, then the longest. Each 1 to 1,024
+        bytes of UTF-8; at most `Limits.stop_strings`. Default: none.
         """
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that end a completion, besides the end-of-sequence ones, each 0 to `vocabulary_size` - 1. Default: none."""
+        """Tokens that end a completion, besides the end-of-sequence ones, each 0 to `vocabulary_size` - 1. At most 64.
+        Default: none.
+        """
 
     @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
@@ -1486,7 +1490,7 @@ class Ranking(_message.Message):
     criterion: Global___RankingCriterion.ValueType
     """Default: see RANKING_CRITERION_UNSPECIFIED."""
     length_exponent: _builtins.float
-    """For LENGTH_NORMALIZED: exponent of the token count that the total is divided by; finite, 0 or more. Default 1."""
+    """For LENGTH_NORMALIZED: exponent of the token count that the total is divided by; -10 to 10. Default 1."""
     def __init__(
         self,
         *,
