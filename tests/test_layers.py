@@ -31,7 +31,7 @@ LAYERS = [
     pytest.param(CLIENT, "logprobs.client", "torch transformers logprobs_server rich", id="client"),
     pytest.param(CLIENT, "logprobs.v1", "torch transformers logprobs_server rich", id="stubs"),
     pytest.param(SERVER, "logprobs_server.servicer", "torch transformers logprobs_server.app", id="servicer"),
-    pytest.param(SERVER, "logprobs_server.validation", f"grpc torch transformers {UPPER}", id="validation"),
+    pytest.param(SERVER, "logprobs_server.validation", f"torch transformers {UPPER}", id="validation"),
     pytest.param(
         SERVER,
         "logprobs_server.engine",
