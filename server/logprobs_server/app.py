@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import add_LogprobsServiceServicer_to_server
@@ -64,7 +63,9 @@ async def serve(config: Config) -> int:
 class RunningServer:
     """A server that listens; healthy once its model is loaded."""
 
-    def __init__(self, config: Config, servicer: LogprobsServicer, healths: health.HealthServicer, port: int) -> None:
+    def __init__(
+        self, config: Config, servicer: LogprobsServicer, healths: health.aio.HealthServicer, port: int
+    ) -> None:
         self._config = config
         self._servicer = servicer
         self._healths = healths
@@ -100,7 +101,7 @@ async def running_server(config: Config) -> AsyncIterator[RunningServer]:
             ("grpc.max_send_message_length", config.max_response_bytes),
         ],
     )
-    servicer, healths = LogprobsServicer(), health.HealthServicer()
+    servicer, healths = LogprobsServicer(), health.aio.HealthServicer()
     add_LogprobsServiceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -118,12 +118,10 @@ class Validator:
         limit = self._limits.continuations
         count = len(request.continuations)
         rules.check(count <= limit, "continuations", f"{count} are more than this server's {limit}")
-        rules.done()
-
         context = self._input(rules, "context", request.context)
         pairs = [
             self._pair(rules, f"continuations[{i}]", request.context, context, continuation)
-            for i, continuation in enumerate(request.continuations)
+            for i, continuation in enumerate(request.continuations[:limit])
         ]
         rules.done()
         texts = [text for text, _ in pairs] if count else [context]
@@ -189,8 +187,6 @@ class Validator:
         options = self._logprob_options(rules, "logprobs", request.logprobs)
         wants_prompt = request.HasField("prompt_logprobs")
         prompt_options = self._logprob_options(rules, "prompt_logprobs", request.prompt_logprobs)
-        rules.done()
-
         prompt = self._input(rules, "prompt", request.prompt)
         rules.done()
         tokens, longest = len(prompt.token_ids), self._model.context_length
