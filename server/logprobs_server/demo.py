@@ -11,10 +11,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 from logprobs import Client
 from logprobs.show import show_generation_live, show_ranking, show_score
+from rich.console import Console
 
 __all__ = ["main"]
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import psutil
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -410,7 +410,7 @@ def _num_blocks(
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().available)
 
 
 def _first_line(error: BaseException) -> str:
