@@ -15,7 +15,7 @@ from logprobs_server.text.stop import StopMatcher
 __all__ = ["CompletionText", "Delta", "PlacedToken"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedToken:
     """The bytes a token adds to the completion's text, and where they start; `trimmed` if a stop cut some off.
 
@@ -94,7 +94,9 @@ class CompletionText:
         """Appends a token; returns the characters that it completes."""
         assert not self._ended, "nothing follows the end of a completion"
         start, text, lengths = self._decoder.push(token_bytes)
-        self._tokens.append(PlacedToken(token_bytes, self._num_bytes, start, trimmed))
+        self._tokens.append(
+            PlacedToken(bytes=token_bytes, byte_offset=self._num_bytes, code_point_offset=start, trimmed=trimmed)
+        )
         self._num_bytes += len(token_bytes)
         if self._has_stops:
             self._lengths += lengths
@@ -131,10 +133,10 @@ class CompletionText:
         """The token as it is if the text ends where told characters end."""
         kept = token.bytes[: max(self._told_bytes - token.byte_offset, 0)]
         return PlacedToken(
-            kept,
-            min(token.byte_offset, self._told_bytes),
-            min(token.code_point_offset, self._told_characters),
-            len(kept) < len(token.bytes),
+            bytes=kept,
+            byte_offset=min(token.byte_offset, self._told_bytes),
+            code_point_offset=min(token.code_point_offset, self._told_characters),
+            trimmed=len(kept) < len(token.bytes),
         )
 
     def _end(self, text: str) -> Delta:

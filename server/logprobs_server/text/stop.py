@@ -1,8 +1,8 @@
 """Finds the first stop string in text that comes in pieces. Knows nothing of bytes or tokens.
 
-The match that ends first wins, then the longest. One Knuth-Morris-Pratt automaton per stop string (doi:10.1137/0206024):
-its state is the length of the longest start of that string which the text ends with, so the greatest state tells
-how much of the text may still become part of a match.
+The match that ends first wins, then the longest. Each stop string has a Knuth-Morris-Pratt automaton
+(doi:10.1137/0206024), whose state is the length of the longest start of the string that the text ends with; so the
+greatest state tells how much of the text may still become part of a match.
 """
 
 from __future__ import annotations
