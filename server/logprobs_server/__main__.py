@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print('logprobs-server: torch is missing: pip install "logprobs[server]"', file=sys.stderr)
         return 1
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # before grpc is imported
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     from logprobs_server.app import serve
 
     return asyncio.run(serve(config))

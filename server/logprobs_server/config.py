@@ -8,7 +8,10 @@ from typing import Any
 
 __all__ = ["Config"]
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "log_level": ("debug", "info", "warning", "error"),
+}
 
 
 def _setting(default: Any, about: str, *, least: int | None = None) -> Any:
@@ -50,9 +53,12 @@ class Config:
     max_response_bytes: int = _setting(4 << 20, "size of a response message", least=65536)
     grace_s: float = _setting(30.0, "seconds that requests under way may go on after SIGTERM", least=0)
 
+    log_level: str = _setting("info", "debug, info, warning or error; logs go to standard error")
+
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype: {self.dtype!r} is none of {', '.join(_DTYPES)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(choices)}")
         if self.port > 65535:
             raise ValueError(f"port: {self.port} is above 65535")
         for setting in fields(self):

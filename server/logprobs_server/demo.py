@@ -51,7 +51,7 @@ def _server(arguments: list[str]) -> Iterator[str]:
     Raises:
         SystemExit: it did not start; its own message says why.
     """
-    command = [sys.executable, "-m", "logprobs_server", "--port", "0", *arguments]
+    command = [sys.executable, "-m", "logprobs_server", "--port", "0", "--log-level", "warning", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
