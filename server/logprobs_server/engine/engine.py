@@ -29,6 +29,7 @@ from logprobs_server.engine.types import (
     Job,
     JobFailed,
     JobFinished,
+    JobStarted,
     ModelDescription,
     PositionLogprobs,
     PromptScored,
@@ -243,7 +244,8 @@ class TorchEngine:
         for state in list(self._states.values()):
             for sequence in [s for s in state.branches if s.completion is None and s.num_pending == 0]:
                 self._scheduler.retire(sequence)
-            events = told[state] + state.events
+            # What a step scored comes before what it drew, but after the job's start.
+            events = sorted(told[state] + state.events, key=lambda event: not isinstance(event, JobStarted))
             state.events = []
             if state.done:
                 events.append(JobFinished())
