@@ -16,18 +16,26 @@ from logprobs_server.models.gguf_file import GgufFile
 __all__ = ["Architecture", "architecture_of"]
 
 _LAYER = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
+    "attn_norm.weight": ("input_layernorm.weight", "hidden"),
+    "attn_q.weight": ("self_attn.q_proj.weight", "queries hidden"),
+    "attn_k.weight": ("self_attn.k_proj.weight", "keys hidden"),
+    "attn_v.weight": ("self_attn.v_proj.weight", "keys hidden"),
+    "attn_output.weight": ("self_attn.o_proj.weight", "hidden queries"),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", "hidden"),
+    "ffn_gate.weight": ("mlp.gate_proj.weight", "inner hidden"),
+    "ffn_up.weight": ("mlp.up_proj.weight", "inner hidden"),
+    "ffn_down.weight": ("mlp.down_proj.weight", "hidden inner"),
 }
-_BIASES = {f"attn_{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
-_NORMS = {f"attn_{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"}
+_BIASES = {
+    "attn_q.bias": ("self_attn.q_proj.bias", "queries"),
+    "attn_k.bias": ("self_attn.k_proj.bias", "keys"),
+    "attn_v.bias": ("self_attn.v_proj.bias", "keys"),
+}
+_NORMS = {
+    "attn_q_norm.weight": ("self_attn.q_norm.weight", "head"),
+    "attn_k_norm.weight": ("self_attn.k_norm.weight", "head"),
+}
+"""GGUF's names of a layer's tensors, with transformers' names and the shape, sizes by name."""
 _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -41,7 +49,7 @@ class _Family:
     """
 
     class_name: str
-    layer: dict[str, str] = field(default_factory=dict)
+    layer: dict[str, tuple[str, str]] = field(default_factory=dict)
     pairs_interleaved: bool = False
 
 
@@ -52,9 +60,11 @@ _FAMILIES = {
 }
 
 
-def architecture_of(file: GgufFile) -> Architecture:
+def architecture_of(file: GgufFile, vocabulary_size: int) -> Architecture:
     """The file's architecture.
 
+    Args:
+        vocabulary_size: tokens that the tokenizer has.
     Raises:
         ModelNotUsableError: it is not supported, or the file's tensors are not exactly those that it has.
     """
@@ -62,21 +72,33 @@ def architecture_of(file: GgufFile) -> Architecture:
     if name not in _FAMILIES:
         known = ", ".join(_FAMILIES)
         raise file.refused(f"architecture {name!r} is not supported as a GGUF file, only {known}; use its own folder")
-    return Architecture(file, name)
+    return Architecture(file, name, vocabulary_size)
 
 
 class Architecture:
     """One file's architecture; see `architecture_of`."""
 
-    def __init__(self, file: GgufFile, name: str) -> None:
+    def __init__(self, file: GgufFile, name: str, vocabulary_size: int) -> None:
         self._file = file
         self._name = name
         self._family = _FAMILIES[name]
         hidden, heads = self._int("embedding_length"), self._int("attention.head_count")
         self._heads = {"q": heads, "k": self._int("attention.head_count_kv", heads)}
         self._head_dim = self._int("attention.key_length", hidden // heads)
-        self.tensors = dict(self._tensors())
+        self._sizes = {
+            "hidden": hidden,
+            "inner": self._int("feed_forward_length"),
+            "head": self._head_dim,
+            "queries": self._heads["q"] * self._head_dim,
+            "keys": self._heads["k"] * self._head_dim,
+            "pairs": self._head_dim // 2,
+            "vocabulary": vocabulary_size,
+        }
+        self.tensors: dict[str, str] = {}
         """The file's names of tensors, and transformers' names."""
+        for ours, theirs, shape in self._tensors():
+            self._check_shape(ours, shape)
+            self.tensors[ours] = theirs
         self._check()
 
     def row_order(self, name: str) -> NDArray[np.int64] | None:
@@ -93,9 +115,9 @@ class Architecture:
             "architectures": [self._family.class_name],
             "model_type": self._name,
             "dtype": "float32",
-            "vocab_size": self.vocabulary_size,
-            "hidden_size": self._int("embedding_length"),
-            "intermediate_size": self._int("feed_forward_length"),
+            "vocab_size": self._sizes["vocabulary"],
+            "hidden_size": self._sizes["hidden"],
+            "intermediate_size": self._sizes["inner"],
             "num_hidden_layers": self._int("block_count"),
             "num_attention_heads": self._heads["q"],
             "num_key_value_heads": self._heads["k"],
@@ -112,42 +134,45 @@ class Architecture:
         }
 
     @property
-    def vocabulary_size(self) -> int:
-        """Rows of the embedding."""
-        return self._file.shape(_EMBEDDING)[0]
-
-    @property
     def context_length(self) -> int:
         """Positions that the model was made for."""
         return self._int("context_length")
 
     def _int(self, key: str, default: int | None = None) -> int:
-        return self._file.get(f"{self._name}.{key}", int, default)
+        value = self._file.get(f"{self._name}.{key}", int, default)
+        if value < 1:
+            raise self._file.refused(f"{self._name}.{key} is {value}, less than 1")
+        return value
 
-    def _tensors(self) -> Iterator[tuple[str, str]]:
-        yield _EMBEDDING, "model.embed_tokens.weight"
+    def _tensors(self) -> Iterator[tuple[str, str, str]]:
+        """Names of the architecture's tensors, the file's and transformers', and their shapes."""
+        yield _EMBEDDING, "model.embed_tokens.weight", "vocabulary hidden"
         for layer in range(self._int("block_count")):
-            for ours, theirs in (_LAYER | self._family.layer).items():
-                yield f"blk.{layer}.{ours}", f"model.layers.{layer}.{theirs}"
-        yield "output_norm.weight", "model.norm.weight"
+            for ours, (theirs, shape) in (_LAYER | self._family.layer).items():
+                yield f"blk.{layer}.{ours}", f"model.layers.{layer}.{theirs}", shape
+        yield "output_norm.weight", "model.norm.weight", "hidden"
         if _HEAD in self._file.tensor_names:
-            yield _HEAD, "lm_head.weight"
+            yield _HEAD, "lm_head.weight", "vocabulary hidden"
+
+    def _check_shape(self, name: str, shape: str) -> None:
+        if name not in self._file.tensor_names:
+            raise self._file.refused(f"tensor {name} of architecture {self._name!r} is missing")
+        wanted = tuple(self._sizes[size] for size in shape.split())
+        if self._file.shape(name) != wanted:
+            raise self._file.refused(
+                f"tensor {name} has the shape {self._file.shape(name)}, not {wanted} ({shape.replace(' ', ', ')})"
+            )
 
     def _check(self) -> None:
         """Refuses what the configuration could not say."""
-        missing = self.tensors.keys() - self._file.tensor_names
-        if missing:
-            raise self._file.refused(f"tensor {min(missing)} of architecture {self._name!r} is missing")
         unknown = self._file.tensor_names - self.tensors.keys() - {_ROPE_FACTORS}
         if unknown:
             raise self._file.refused(f"tensor {min(unknown)} is no part of architecture {self._name!r}")
         rotated = self._int("rope.dimension_count", self._head_dim)
         if rotated != self._head_dim:
             raise self._file.refused(f"only {rotated} of a head's {self._head_dim} dimensions rotate: not supported")
-        for part, heads in self._heads.items():
-            name, rows = f"blk.0.attn_{part}.weight", heads * self._head_dim
-            if self._file.shape(name)[0] != rows:
-                raise self._file.refused(f"tensor {name} has not {rows} rows, {self._head_dim} for each head")
+        if self._head_dim % 2:
+            raise self._file.refused(f"a head has {self._head_dim} dimensions, which make no pairs to rotate")
 
     def _rope(self) -> dict[str, object]:
         """How positions rotate. Factors of single frequencies, as Llama 3.1 has them, are said as LongRoPE's."""
@@ -161,9 +186,8 @@ class Architecture:
             raise self._file.refused(f"positions scaled by {scaling!r} are not supported")
         if not factors:
             return {"rope_type": "default", "rope_theta": theta}
+        self._check_shape(_ROPE_FACTORS, "pairs")
         values = np.concatenate([*self._file.values(_ROPE_FACTORS)], axis=None).tolist()
-        if len(values) != self._head_dim // 2:
-            raise self._file.refused(f"tensor {_ROPE_FACTORS} has not one value for each pair of a head's dimensions")
         return {
             "rope_type": "longrope",
             "rope_theta": theta,

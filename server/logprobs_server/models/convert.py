@@ -35,10 +35,8 @@ def convert_gguf(path: Path, folder: Path, name: str, progress: Progress) -> Non
     """
     with progress(f"reading {name}", None):
         file = GgufFile(path)
-        architecture, tokenizer = architecture_of(file), GgufTokenizer(file)
-        if tokenizer.vocabulary_size != architecture.vocabulary_size:
-            counts = f"{tokenizer.vocabulary_size} tokens and {architecture.vocabulary_size} embeddings"
-            raise file.refused(f"the file has {counts}")
+        tokenizer = GgufTokenizer(file)
+        architecture = architecture_of(file, tokenizer.vocabulary_size)
         _write_tokenizer(tokenizer, architecture.context_length, folder)
         _write_configs(architecture.config(tokenizer.eos_token_ids), folder)
     shapes = {theirs: file.shape(ours) for ours, theirs in architecture.tensors.items()}

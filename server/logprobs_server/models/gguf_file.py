@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logprobs_server.models.errors import ModelNotUsableError
+from logprobs_server.models.gguf_metadata import check_metadata
 
 __all__ = ["GgufFile"]
 
@@ -30,6 +31,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            check_metadata(path)
             reader = gguf.GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
             raise self.refused(f"no readable GGUF file: {error}") from error

@@ -49,7 +49,8 @@ def resolve_model(name: str | None, cache_dir: Path, progress: Progress | None =
     Raises:
         ModelNotUsableError: there is no such model, or it cannot be used.
     """
-    progress = progress or console_progress(sys.stderr)
+    if progress is None:
+        progress = console_progress(sys.stderr)
     if name is None:
         return _embedded(cache_dir, progress)
     path = Path(name)
