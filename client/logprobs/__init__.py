@@ -1,0 +1,60 @@
+"""The light client of Logprobs: token log probabilities over gRPC. Needs no torch and no server code.
+
+`Client` and `AsyncClient` call the service; messages of the contract are in `logprobs.v1.logprobs_pb2`.
+"""
+
+from __future__ import annotations
+
+from logprobs.calls import AsyncGenerateStream, GenerateStream
+from logprobs.client import AsyncClient, Client
+from logprobs.errors import (
+    CallError,
+    DeadlineExceededError,
+    IncompleteStreamError,
+    InconsistentStreamError,
+    InternalError,
+    InvalidRequestError,
+    InvalidTextError,
+    LogprobsError,
+    PermissionDeniedError,
+    RequestCancelledError,
+    ResourceExhaustedError,
+    StreamError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+    Violation,
+)
+from logprobs.generation import Completion, Generation
+from logprobs.ranking import bits_per_byte, mean_logprob, perplexity, rank
+from logprobs.stream import StreamAssembler
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGenerateStream",
+    "CallError",
+    "Client",
+    "Completion",
+    "DeadlineExceededError",
+    "GenerateStream",
+    "Generation",
+    "IncompleteStreamError",
+    "InconsistentStreamError",
+    "InternalError",
+    "InvalidRequestError",
+    "InvalidTextError",
+    "LogprobsError",
+    "PermissionDeniedError",
+    "RequestCancelledError",
+    "ResourceExhaustedError",
+    "StreamAssembler",
+    "StreamError",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnimplementedError",
+    "Violation",
+    "bits_per_byte",
+    "mean_logprob",
+    "perplexity",
+    "rank",
+]
