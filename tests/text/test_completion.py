@@ -80,6 +80,7 @@ def expected(tokens: Sequence[bytes], stops: Sequence[str], include: bool) -> tu
 @example([b"xa", b"", b"bc"], ["ab"], True)
 @example([b"a\xe2", b"\x82", b"\xacb"], ["€b"], False)
 @example([b"\xe2", b"a"], [REPLACEMENT], False)
+@example([b"\xf0\x9f"], [REPLACEMENT], False)
 @example(["a😀".encode() + b"\xf0"], ["a"], True)
 def test_a_completion_is_what_its_whole_bytes_say(tokens: list[bytes], stops: list[str], include: bool) -> None:
     deltas, text = complete(tokens, stops, include)

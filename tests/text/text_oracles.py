@@ -30,8 +30,8 @@ def decode_whole(data: bytes) -> tuple[str, list[int]]:
 
 def complete_characters(data: bytes) -> str:
     """The text of `data` without a last character that more bytes could complete."""
-    waiting = next((count for count in (3, 2, 1) if data[-count:] in INCOMPLETE), 0)
-    return data[: len(data) - waiting].decode("utf-8", "replace")
+    waiting = next((data[-count:] for count in (3, 2, 1) if data[-count:] in INCOMPLETE), b"")
+    return data.removesuffix(waiting).decode("utf-8", "replace")
 
 
 def first_stop(text: str, stops: Sequence[str]) -> str | None:
