@@ -8,14 +8,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from logprobs import Client
 from logprobs.show import show_generation_live, show_ranking, show_score
 from rich.console import Console
 
-__all__ = ["main"]
+__all__ = ["local_server", "main"]
 
 _SENTENCE = "The horse raced past the barn fell."
 _PROMPT = "The capital of France is"
@@ -26,7 +26,7 @@ def main() -> int:
     """Runs the demonstration; returns the exit status."""
     console = Console(highlight=False)
     console.print("[bold]Starting the server[/] (python -m logprobs_server --port 0)")
-    with _server(sys.argv[1:]) as target, Client(target) as client:
+    with local_server(sys.argv[1:]) as target, Client(target) as client:
         model = client.model().model
         console.print(f"[bold]{model.name}[/] in {model.dtype} on {target}\n")
 
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 @contextmanager
-def _server(arguments: list[str]) -> Iterator[str]:
+def local_server(arguments: Sequence[str]) -> Iterator[str]:
     """A server in a process of its own; gives its address, and stops it gracefully.
 
     Raises:
