@@ -32,7 +32,7 @@ class LiveCompletions:
         self._clock = clock
         self._live = Live(console=console, auto_refresh=False)
         self._rows: dict[int, list[tuple[str, str]]] = {}
-        self._ended: dict[int, pb.CompletionFinished] = {}
+        self._ended: set[int] = set()
         self._several = False
         self._drawn = 0.0
 
@@ -56,7 +56,7 @@ class LiveCompletions:
         for delta in event.decoded.deltas:
             self._grow(delta)
         if event.HasField("finished"):
-            self._ended[event.finished.completion] = event.finished
+            self._ended.add(event.finished.completion)
         if self._several and self._clock() - self._drawn >= _SECONDS_BETWEEN_DRAWINGS:
             self._draw()
 
@@ -73,21 +73,29 @@ class LiveCompletions:
         self._drawn = self._clock()
 
     def _row(self, index: int, pieces: list[tuple[str, str]]) -> Text:
-        ended = self._ended.get(index)
-        sign = "…" if ended is None else "✓"
-        head = Text(f"{index:>3} {sign} ", style="dim")
-        return head + _tail(pieces, self._console.width - cell_len(head.plain))
+        head = f"{index:>3} {'✓' if index in self._ended else '…'} "
+        tail = _tail(pieces, self._console.width - cell_len(head))
+        return Text.assemble((head, "dim"), *tail, no_wrap=True, overflow="crop")
 
 
-def _tail(pieces: list[tuple[str, str]], width: int) -> Text:
-    """The pieces in one line; of more than fit, the last ones."""
+def _tail(pieces: list[tuple[str, str]], width: int) -> list[tuple[str, str]]:
+    """The pieces in one line; of more than fit, the end of it."""
     kept: list[tuple[str, str]] = []
-    used = 0
+    room = max(width - 1, 0)
     for text, style in reversed(pieces):
         line = one_line(text)
-        used += cell_len(line)
-        if used > width:
+        end = _end(line, room)
+        kept.append((end, style))
+        room -= cell_len(end)
+        if len(end) < len(line):
             kept.append(("…", "dim"))
             break
-        kept.append((line, style))
-    return Text.assemble(*reversed(kept), no_wrap=True, overflow="crop")
+    return kept[::-1]
+
+
+def _end(line: str, cells: int) -> str:
+    """As much of the line's end as the cells hold; a character may need two."""
+    end = line[len(line) - min(cells, len(line)) :]
+    while cell_len(end) > cells:
+        end = end[1:]
+    return end

@@ -6,7 +6,7 @@ Where the output is no terminal there is no colour, no cutting of lines, and of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -64,21 +64,10 @@ def show_score(console: Console, response: pb.ScoreResponse) -> None:
 
 def show_tokens(console: Console, tokens: Sequence[pb.Token]) -> None:
     """A row per token, coloured by its logprob; a column per thing known of any of them."""
-    table = _table("token", "logprob>", "rank>", "probability>")
-    shown = [
-        (name, cell)
-        for name, field, cell in (
-            ("entropy>", "entropy", lambda token: f"{token.entropy:.3f}" if token.HasField("entropy") else ""),
-            ("most probable", "top", lambda token: _alternatives(token.top)),
-            ("named", "named", lambda token: _alternatives(token.named)),
-        )
-        if any(field in {descriptor.name for descriptor, _ in token.ListFields()} for token in tokens)
-    ]
-    for name, _ in shown:
-        _add_column(table, name)
+    extra = [(name, cell) for name, cell in _EXTRA_COLUMNS if any(map(cell, tokens))]
+    table = _table("token", "logprob>", "rank>", "probability>", *(name for name, _ in extra))
     for token in tokens:
-        cells: list[Any] = [_coloured(token), *_numbers(token), *(cell(token) for _, cell in shown)]
-        table.add_row(*cells)
+        table.add_row(_coloured(token), *_numbers(token), *(cell(token) for _, cell in extra))
     console.print(table)
 
 
@@ -116,7 +105,7 @@ def show_tokenized(console: Console, response: pb.TokenizeResponse) -> None:
         text = Text(spelled(token), style="dim" if token.special else "")
         table.add_row(str(token.id), text, token.bytes.hex(" "), str(token.byte_offset), str(token.code_point_offset))
     console.print(table)
-    console.print(f"{len(response.tokens)} tokens{_changed(response.text_changed)}")
+    console.print(_tokens(len(response.tokens)) + _changed(response.text_changed))
 
 
 def show_model(console: Console, response: pb.GetModelResponse) -> None:
@@ -129,15 +118,11 @@ def show_model(console: Console, response: pb.GetModelResponse) -> None:
 
 
 def _table(*columns: str) -> Table:
+    """A table of these columns; one whose name ends in ">" is aligned to the right."""
     table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim")
-    for column in columns:
-        _add_column(table, column)
+    for name in columns:
+        table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", no_wrap=True)
     return table
-
-
-def _add_column(table: Table, name: str) -> None:
-    """A column; one whose name ends in ">" is aligned to the right."""
-    table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", no_wrap=True)
 
 
 def _coloured(token: pb.Token) -> Text:
@@ -158,9 +143,20 @@ def _alternatives(alternatives: Iterable[pb.Alternative]) -> Text:
     return line
 
 
+def _entropy(token: pb.Token) -> Text:
+    return Text(f"{token.entropy:.3f}" if token.HasField("entropy") else "")
+
+
+_EXTRA_COLUMNS: tuple[tuple[str, Callable[[pb.Token], Text]], ...] = (
+    ("entropy>", _entropy),
+    ("most probable", lambda token: _alternatives(token.top)),
+    ("named", lambda token: _alternatives(token.named)),
+)
+
+
 def _score_summary(sequence: pb.ScoredSequence) -> Text:
     totals = sequence.totals
-    parts = [f"{totals.token_count} tokens", f"total {totals.logprob:.4f}"]
+    parts = [_tokens(totals.token_count), f"total {totals.logprob:.4f}"]
     measures = {"mean": mean_logprob, "perplexity": perplexity, "bits/byte": bits_per_byte}
     for name, measure in measures.items():
         value = measure(totals)
@@ -170,6 +166,10 @@ def _score_summary(sequence: pb.ScoredSequence) -> Text:
         parts.append(f"pmi {sequence.pmi:.4f}")
     parts += ["greedy"] * sequence.greedy
     return Text(" · ".join(parts) + _changed(sequence.text_changed), style="bold")
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
 
 
 def _changed(text_changed: bool) -> str:

@@ -46,6 +46,7 @@ class ScriptedServer(LogprobsServiceServicer):
         self.failure: status_pb2.Status | None = None
         self.failures_left = -1
         self.hangs = False
+        self.entered = threading.Event()
         self.left = threading.Event()
 
     def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:  # noqa: N802
@@ -77,6 +78,7 @@ class ScriptedServer(LogprobsServiceServicer):
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
         context.add_callback(self.left.set)
+        self.entered.set()
 
     def _end(self, context: Any) -> None:
         if self.hangs:

@@ -96,7 +96,7 @@ def test_generate_tells_tokens_if_something_is_asked_of_them(cli: Cli) -> None:
 def test_tokenize_shows_ids_bytes_and_offsets(cli: Cli) -> None:
     cli.server.tokenized.tokens.add(id=7, bytes=b" \xc3", byte_offset=2, code_point_offset=1)
     _, out, _ = cli("tokenize", "x")
-    assert [line.split() for line in out.splitlines()[1:]] == [["7", "·\\xc3", "20", "c3", "2", "1"], ["1", "tokens"]]
+    assert [line.split() for line in out.splitlines()[1:]] == [["7", "·\\xc3", "20", "c3", "2", "1"], ["1", "token"]]
 
 
 def test_model_shows_every_value(cli: Cli) -> None:
@@ -230,16 +230,24 @@ def started(target: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_an_interrupt_cancels_the_call_and_ends_with_130(server: ScriptedServer) -> None:
+@pytest.mark.parametrize("command", [["score", "--json"], ["generate", "--json"], ["generate"]], ids=" ".join)
+def test_an_interrupt_cancels_the_call_and_ends_with_130(server: ScriptedServer, command: Sequence[str]) -> None:
     server.events, server.hangs = EVENTS[:2], True
+    with started(server.target, *command, "Hi") as process:
+        assert server.entered.wait(30)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert server.left.wait(30)
+
+
+def test_events_are_printed_as_they_come(server: ScriptedServer) -> None:
+    server.events, server.hangs = EVENTS[:1], True
     with started(server.target, "generate", "Hi", "--json") as process:
         assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.readline()  # the first event, flushed as it came
+        assert Parse(process.stdout.readline(), pb.GenerateResponse()) == EVENTS[0]
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
-        assert process.stderr.read() == ""
-    assert server.left.wait(10)
 
 
 def test_output_that_nobody_reads_ends_quietly(server: ScriptedServer) -> None:
@@ -249,5 +257,5 @@ def test_output_that_nobody_reads_ends_quietly(server: ScriptedServer) -> None:
             assert process.stdout is not None
             assert process.stderr is not None
             process.stdout.close()
-            assert process.wait(10) == 141
+            assert process.wait(30) == 141
             assert process.stderr.read() == ""

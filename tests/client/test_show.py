@@ -85,14 +85,32 @@ def test_several_completions_grow_a_row_each(server: ScriptedServer) -> None:
     assert generation.ranking is not None
 
 
-def test_a_full_row_shows_its_latest_part() -> None:
+ROWS = [
+    pytest.param([b"0123456", b"789abc"], "0123456789abc", id="fits"),
+    pytest.param([b"0123456", b"789abcd"], "…123456789abcd", id="one too many"),
+    pytest.param([b"0123456789abcdefghijk"], "…89abcdefghijk", id="one piece too long"),
+    pytest.param(["馬".encode() * 9], "…馬馬馬馬馬馬", id="wide characters"),
+]
+
+
+@pytest.mark.parametrize(("pieces", "shown"), ROWS)
+def test_a_full_row_shows_the_end_of_its_text(pieces: Sequence[bytes], shown: str) -> None:
     console, out = console_of(width=20)
-    events = generation_events([drawn([b"0123456789", b"abcdefghi"], [-1.0, -1.0]), drawn([b"x"], [-1.0])])
+    events = generation_events([drawn(pieces, [-1.0] * len(pieces)), drawn([b"x"], [-1.0])])
     with LiveCompletions(console) as live:
         for event in _in_single_tokens(events):
             live.push(event)
     rows = [line.rstrip() for line in plain(out.getvalue()).splitlines()][-2:]
-    assert rows == ["  0 ✓ …abcdefghi", "  1 ✓ x"]
+    assert rows == [f"  0 ✓ {shown}", "  1 ✓ x"]
+
+
+def test_only_what_leads_a_row_is_dim() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="standard", width=80)
+    with LiveCompletions(console) as live:
+        for event in generation_events(COMPLETIONS):
+            live.push(event)
+    assert "\x1b[2m  1 ✓ \x1b[0m\x1b[32m Lyon" in out.getvalue().replace("\x1b[0;", "\x1b[")
 
 
 def test_drawing_waits_between_events_but_not_at_the_end() -> None:
