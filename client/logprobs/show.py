@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
@@ -32,6 +32,7 @@ __all__ = [
     "show_tokens",
 ]
 
+_LISTS = ("most probable", "named")
 _UNBOUNDED = 1 << 16
 """Columns of what is no terminal: files and pipes get whole lines."""
 
@@ -118,10 +119,11 @@ def show_model(console: Console, response: pb.GetModelResponse) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """A table of these columns; one whose name ends in ">" is aligned to the right."""
+    """A table of these columns; one whose name ends in ">" is aligned to the right, lists may take several lines."""
     table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim")
     for name in columns:
-        table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", no_wrap=True)
+        justify: Literal["left", "right"] = "right" if name.endswith(">") else "left"
+        table.add_column(name.rstrip(">"), justify=justify, no_wrap=name not in _LISTS)
     return table
 
 

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from logprobs import Client
-from logprobs.show import show_generation_live, show_ranking, show_score
-from rich.console import Console
+from logprobs.show import make_console, show_generation_live, show_ranking, show_score
 
 __all__ = ["local_server", "main"]
 
@@ -24,7 +23,7 @@ _SAMPLES = 20
 
 def main() -> int:
     """Runs the demonstration; returns the exit status."""
-    console = Console(highlight=False)
+    console = make_console()
     console.print("[bold]Starting the server[/] (python -m logprobs_server --port 0)")
     with local_server(sys.argv[1:]) as target, Client(target) as client:
         model = client.model().model

@@ -69,9 +69,10 @@ class _Call:
 
     async def unary(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         """Answers once."""
-        watch = await self._begin(context)
+        watch = _Watch(self._method, context)
         try:
             response = await self._handler.unary_unary(_sound(request), context)
+            await watch.identify()
         except BaseException as error:
             await watch.failed(error)
             raise
@@ -80,33 +81,35 @@ class _Call:
 
     async def stream(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         """Answers any number of times."""
-        watch = await self._begin(context)
+        watch = _Watch(self._method, context)
         behaviour = self._handler.stream_stream if self._handler.request_streaming else self._handler.unary_stream
         try:
             async for response in behaviour(_sound(request), context):
+                await watch.identify()
                 yield response
         except BaseException as error:
             await watch.failed(error)
             raise
         watch.finished("OK")
 
-    async def _begin(self, context: grpc.aio.ServicerContext[Any, Any]) -> _Watch:
-        metadata = dict(context.invocation_metadata() or ())
-        given = metadata.get(_REQUEST_ID, "")
-        sound = isinstance(given, str) and _SOUND_ID.fullmatch(given)
-        request_id = str(given) if sound else uuid.uuid4().hex
-        await context.send_initial_metadata(((_REQUEST_ID, request_id),))
-        return _Watch(self._method, request_id, context)
-
 
 class _Watch:
     """Follows one call to its end."""
 
-    def __init__(self, method: str, request_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def __init__(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        given = dict(context.invocation_metadata() or ()).get(_REQUEST_ID, "")
+        sound = isinstance(given, str) and _SOUND_ID.fullmatch(given)
         self._method = method
-        self._request_id = request_id
+        self._request_id = str(given) if sound else uuid.uuid4().hex
         self._context = context
+        self._identified = False
         self._start = time.perf_counter()
+
+    async def identify(self) -> None:
+        """Tells the caller the request's id, with the initial metadata: once, before the first message."""
+        if not self._identified:
+            self._identified = True
+            await self._context.send_initial_metadata(((_REQUEST_ID, self._request_id),))
 
     def finished(self, status: str) -> None:
         """Logs the end."""
@@ -122,6 +125,10 @@ class _Watch:
             _log.error("%s failed, request %s", self._method, self._request_id, exc_info=error)
             error = EngineFailedError(f"internal error; our log has it under request {self._request_id}")
         self.finished(error.status)
+        if error.status == "UNAVAILABLE":  # gRPC retries a call by itself only while nothing of an answer has come
+            self._context.set_trailing_metadata(((_REQUEST_ID, self._request_id),))
+        else:
+            await self.identify()
         await self._context.abort_with_status(rpc_status.to_status(status_of(error, self._request_id)))
 
 
