@@ -154,6 +154,14 @@ def test_an_unmatched_token_is_not_searched_and_no_match_reaches_into_it() -> No
     assert [token.bytes for token in placed(deltas)] == [b"END E", b"ND", b" "]
 
 
+def test_an_unmatched_token_lets_out_what_was_held() -> None:
+    completion = CompletionText(["END"], include_stop=False)
+    completion.push(b"EN")
+    delta = completion.push(b"D", match_stops=False)
+    assert (delta.text, delta.stop) == ("END", None)
+    assert [token.bytes for token in delta.placed] == [b"EN", b"D"]
+
+
 def test_a_character_is_matched_with_the_token_that_completes_it() -> None:
     deltas, _ = complete([GRIN[:2], GRIN[2:]], ["😀"], unmatched=1)
     assert [(token.bytes, token.trimmed) for token in placed(deltas)] == [(b"", True), (b"", True)]

@@ -52,6 +52,7 @@ def offsets_in_whole(pieces: Sequence[bytes]) -> list[int]:
 @given(PIECES)
 @example([b"\xe2", b"\x82", b"\xac"])
 @example([b"\xed", b"\xa0\x80"])
+@example(["\x7f\x80\u07ff\u0800\uffff\U00010000\U0010ffff".encode()])
 def test_decoding_does_not_depend_on_how_bytes_are_cut(pieces: list[bytes]) -> None:
     text, lengths = decode_pieces(pieces)
     whole = b"".join(pieces)

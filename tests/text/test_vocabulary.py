@@ -9,7 +9,7 @@ import tiny_tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from logprobs_server.text.vocabulary import UnsupportedTokenizerError, Vocabulary
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 PADDING = 5
 """Rows of the model's embedding that the tokenizer does not use."""
@@ -17,12 +17,12 @@ PADDING = 5
 TEXTS = st.text(max_size=12) | st.text("the horse▁ 7é<>/s0xA\t\n", max_size=16)
 
 
-def vocabulary_of(build: Callable[[], Tokenizer]) -> Vocabulary:
-    tokenizer = build()
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(tokenizer, size=tokenizer.get_vocab_size() + PADDING)
 
 
-VOCABULARIES = {kind: vocabulary_of(build) for kind, build in tiny_tokenizers.KINDS.items()}
+TOKENIZERS = {kind: build() for kind, build in tiny_tokenizers.KINDS.items()}
+VOCABULARIES = {kind: vocabulary_of(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
 EVERY_KIND = pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES.keys())
 
 
@@ -85,7 +85,7 @@ def test_every_id_has_bytes_and_special_ones_have_none(vocabulary: Vocabulary, d
 @pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "space splitting", "normalising"])
 @given(data=st.data())
 def test_bytes_of_any_ids_decode_to_what_the_tokenizer_decodes(kind: str, data: st.DataObject) -> None:
-    tokenizer, vocabulary = tiny_tokenizers.KINDS[kind](), VOCABULARIES[kind]
+    tokenizer, vocabulary = TOKENIZERS[kind], VOCABULARIES[kind]
     ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1).filter(lambda i: i > 2), max_size=8))
     text = b"".join(map(vocabulary.token_bytes, ids)).decode("utf-8", "replace")
     decoded = tokenizer.decode(ids)
@@ -147,6 +147,36 @@ def test_the_callers_own_leading_space_stays(kind: str) -> None:
     assert (b"".join(encoding.pieces), encoding.text_changed) == (b" the", False)
 
 
+def test_a_space_that_is_an_added_tokens_own_stays() -> None:
+    tokenizer = tiny_tokenizers.byte_fallback()
+    tokenizer.add_tokens([AddedToken("  ", normalized=False)])
+    encoding = Vocabulary(tokenizer, size=tokenizer.get_vocab_size()).encode("  the", False)
+    assert (encoding.pieces, encoding.text_changed) == ((b"  ", b" the"), True)
+
+
+def test_a_space_after_dropped_bytes_stays(byte_level: Vocabulary) -> None:
+    encoding = byte_level.encode("\x00 a", False)
+    assert (b"".join(encoding.pieces), encoding.text_changed) == (b" a", True)
+
+
+def test_a_space_after_dropped_characters_stays_where_none_is_added() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"▁": 0, "a": 1}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    assert Vocabulary(tokenizer, size=2).encode("Ж a", False).pieces == (b" ", b"a")
+
+
+def test_the_letter_that_stands_for_a_space_becomes_one() -> None:
+    encoding = VOCABULARIES["unigram"].encode("▁the", False)
+    assert (b"".join(encoding.pieces), encoding.text_changed) == (b" the", True)
+
+
+def test_byte_fallback_needs_no_decoder_of_its_own() -> None:
+    tokenizer = tiny_tokenizers.byte_fallback()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    assert Vocabulary(tokenizer, size=tokenizer.get_vocab_size()).encode("é", False).pieces == (b"", b"\xc3", b"\xa9")
+
+
 @pytest.mark.parametrize(
     ("text", "seen"),
     [
@@ -204,6 +234,12 @@ def test_a_token_across_the_boundary_is_the_continuations(byte_fallback: Vocabul
     assert (pair.first_scored, pair.context_byte_count) == (3, 3)
 
 
+def test_a_changed_context_ends_where_the_model_saw_its_end() -> None:
+    pair = VOCABULARIES["normalising"].encode_pair("ＴＨＥ", " horse", True)
+    assert b"".join(pair.pieces) == b"the horse"
+    assert pair.context_byte_count == len("the")
+
+
 def test_what_the_tokenizer_puts_after_a_text_belongs_to_the_continuation() -> None:
     vocabulary = VOCABULARIES["unigram"]
     pair = vocabulary.encode_pair("the", " horse", True)
@@ -232,7 +268,7 @@ def test_truncation_and_padding_are_switched_off() -> None:
 def test_the_revision_tells_tokenizers_apart() -> None:
     revisions = {vocabulary.revision for vocabulary in VOCABULARIES.values()}
     assert len(revisions) == len(VOCABULARIES)
-    assert vocabulary_of(tiny_tokenizers.byte_fallback).revision in revisions
+    assert vocabulary_of(tiny_tokenizers.byte_fallback()).revision in revisions
 
 
 def characters_only() -> Tokenizer:
