@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from logprobs import Client
+from logprobs import Client, GenerateStream, Generation
 from logprobs.show import make_console, show_generation_live, show_ranking, show_score
+from rich.console import Console
 
 __all__ = ["local_server", "main"]
 
@@ -36,11 +37,20 @@ def main() -> int:
         with client.generate(
             _PROMPT, completion_count=_SAMPLES, max_tokens=24, temperature=0.8, seed=1, stop=["\n"], top=2
         ) as stream:
-            generation = show_generation_live(console, stream)
+            generation = show_generation_live(console, stream) if console.is_terminal else _print_live(console, stream)
         console.print("\n[bold]Ranked[/] by mean log probability per token")
         show_ranking(console, generation)
     console.print("\nThe server has stopped. `make serve` starts one that stays.")
     return 0
+
+
+def _print_live(console: Console, stream: GenerateStream) -> Generation:
+    """Where nothing can be redrawn: a line for each completion as soon as it ends."""
+    for event in stream:
+        if event.WhichOneof("event") == "finished":
+            completion = next(c for c in stream.generation.completions if c.index == event.finished.completion)
+            console.print(f"seed {completion.seed:>2} ended: {completion.text!r}", markup=False)
+    return stream.collect()
 
 
 @contextmanager
