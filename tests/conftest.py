@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from logprobs_server.__main__ import parse
 from logprobs_server.models.progress import console_progress
 from logprobs_server.models.resolve import resolve_model
@@ -18,3 +19,7 @@ def embedded_folder() -> Path:
     source = resolve_model(None, parse([], dict(os.environ)).cache_dir, console_progress(sys.stderr))
     assert source.folder is not None
     return source.folder
+
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's business
+settings.load_profile("untimed")

@@ -1,0 +1,151 @@
+"""Whatever is asked for, in whatever order, with however little room: every job gets its turn and gives all back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+
+from fakes import EOS, generate_job
+from hypothesis import given
+from hypothesis import strategies as st
+from logprobs_server.engine.kv_cache import BLOCK_SIZE, BlockPool
+from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits
+from logprobs_server.engine.sequences import JobState, Sequence
+from logprobs_server.engine.types import Continuation, GenerateJob, Job, LogprobOptions, ScoreJob, Ticket
+
+CONTEXT = 80
+LENGTHS = st.integers(0, 40)
+GENERATE_JOBS = st.builds(
+    lambda prompt, most, count: generate_job(range(1 + prompt), max_tokens=most, count=count),
+    LENGTHS,
+    st.integers(0, 30),
+    st.integers(1, 5),
+)
+SCORE_JOBS = st.builds(
+    lambda prefix, lengths, following: ScoreJob(
+        prefix=tuple(range(prefix)),
+        continuations=tuple(Continuation(token_ids=tuple(range(length))) for length in lengths),
+        logprobs=LogprobOptions(),
+        next_token=following,
+    ),
+    LENGTHS,
+    st.lists(LENGTHS, min_size=1, max_size=5),
+    st.booleans(),
+)
+JOBS = st.lists(GENERATE_JOBS | SCORE_JOBS, min_size=1, max_size=8)
+SEQUENCES = st.integers(1, 4)
+SPARE_TOKENS = st.integers(0, 40)
+SPARE_BLOCKS = st.integers(0, 10)
+
+
+class Driver:
+    """Does what the engine does with a schedule, without a model: completions end after as many tokens as told.
+
+    Checks at every step that something happens and that limits hold.
+    """
+
+    def __init__(self, jobs: list[Job], sequences: int, spare_tokens: int, spare_blocks: int) -> None:
+        self.states = [JobState(Ticket(job, lambda events: None)) for job in jobs]
+        limits = SchedulerLimits(
+            max_sequences=sequences, max_step_tokens=sequences + spare_tokens, context_length=CONTEXT
+        )
+        needed = max(Scheduler(limits, BlockPool(2), frozenset()).needs(state) for state in self.states)
+        self.pool = BlockPool(max(needed, 1) + spare_blocks + 1)
+        self.limits = limits
+        self.scheduler = Scheduler(limits, self.pool, frozenset({EOS}))
+        self.alive: list[Sequence] = []
+        self.ended: list[tuple[JobState, int]] = []
+        for state in self.states:
+            self.scheduler.add(state)
+
+    def step(self, wants_more: Callable[[Sequence], bool]) -> None:
+        """One step; `wants_more` tells whether a completion goes on after the token it just drew."""
+        self.scheduler.admit()
+        work = self.scheduler.schedule()
+        assert sum(part.stop - part.start for part in work) <= self.limits.max_step_tokens
+        assert len({part.sequence for part in work}) == len(work)
+        for part in work:
+            assert part.sequence.num_computed == part.start < part.stop <= part.sequence.goal
+            assert part.stop <= len(part.sequence.blocks) * BLOCK_SIZE
+            part.sequence.num_computed = part.stop
+        drawing = [s for s in self.alive if s.completion is not None and s.num_pending == 0]
+        started = [branch.sequence for branch in self.scheduler.start_branches()]
+        assert work or started, "nothing happens although there are jobs"
+        self.alive += started
+        assert len(self.alive) <= self.limits.max_sequences
+        self.scheduler.retire_roots()
+        for sequence in drawing + [s for s in started if s.completion is not None]:
+            self._draw(sequence, wants_more)
+        for sequence in [s for s in self.alive if s.completion is None and s.num_pending == 0]:
+            self._retire(sequence)
+
+    def run(self, wants_more: Callable[[Sequence], bool]) -> None:
+        """Steps until all is done."""
+        while not self.scheduler.idle:
+            self.step(wants_more)
+
+    def _draw(self, sequence: Sequence, wants_more: Callable[[Sequence], bool]) -> None:
+        assert sequence.completion is not None
+        drawn = len(sequence.token_ids) - len(sequence.job.prefix) + 1
+        if drawn < sequence.completion.limit and wants_more(sequence):
+            sequence.token_ids.append(0)
+            sequence.goal += 1
+        else:
+            self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        assert sequence.branch is not None
+        self.alive.remove(sequence)
+        self.ended.append((sequence.job, sequence.branch))
+        self.scheduler.retire(sequence)
+
+
+@given(JOBS, SEQUENCES, SPARE_TOKENS, SPARE_BLOCKS, st.randoms(use_true_random=False))
+def test_every_branch_of_every_job_runs_to_its_end_and_all_blocks_come_back(
+    jobs: list[Job], sequences: int, spare_tokens: int, spare_blocks: int, chance: Random
+) -> None:
+    driver = Driver(jobs, sequences, spare_tokens, spare_blocks)
+    driver.run(lambda sequence: chance.random() < 0.9)
+    assert len(driver.ended) == len(set(driver.ended)) == sum(state.branch_count for state in driver.states)
+    assert all(state.done for state in driver.states)
+    assert driver.pool.num_free == driver.pool.num_blocks
+
+
+@given(JOBS, SEQUENCES, SPARE_TOKENS, SPARE_BLOCKS, st.data())
+def test_a_removed_job_gives_all_back_and_the_others_run_to_their_end(
+    jobs: list[Job], sequences: int, spare_tokens: int, spare_blocks: int, data: st.DataObject
+) -> None:
+    driver = Driver(jobs, sequences, spare_tokens, spare_blocks)
+    removed = data.draw(st.sampled_from(driver.states))
+    for _ in range(data.draw(st.integers(0, 20))):
+        if not driver.scheduler.idle:
+            driver.step(lambda sequence: True)
+    driver.scheduler.remove(removed)
+    driver.alive = [sequence for sequence in driver.alive if sequence.job is not removed]
+    driver.run(lambda sequence: True)
+    assert all(state.done for state in driver.states if state is not removed)
+    assert driver.pool.num_free == driver.pool.num_blocks
+
+
+@given(st.lists(GENERATE_JOBS, min_size=2, max_size=6), SEQUENCES, SPARE_BLOCKS)
+def test_jobs_start_in_the_order_they_came(jobs: list[GenerateJob], sequences: int, spare_blocks: int) -> None:
+    driver = Driver([replace(job, max_tokens=5) for job in jobs], sequences, 20, spare_blocks)
+    started: list[JobState] = []
+    while not driver.scheduler.idle:
+        driver.step(lambda sequence: True)
+        started += [state for state in driver.states if state.next_branch and state not in started]
+    assert started == driver.states
+
+
+def test_decoding_sequences_get_their_token_before_any_prompt_goes_on() -> None:
+    driver = Driver(
+        [generate_job(range(4), max_tokens=9), generate_job(range(60))], sequences=2, spare_tokens=6, spare_blocks=9
+    )
+    driver.step(lambda sequence: True)
+    decoding = driver.alive[0]
+    while driver.states[1].root is not None:
+        driver.scheduler.admit()
+        work = driver.scheduler.schedule()
+        assert work[0].sequence is decoding
+        driver.step(lambda sequence: True)

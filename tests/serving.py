@@ -1,0 +1,79 @@
+"""A server in this process, on a thread and an event loop of its own, and stubs that reach it over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from logprobs.v1 import logprobs_pb2 as pb
+from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
+from logprobs_server.app import running_server
+from logprobs_server.config import Config
+
+__all__ = ["Completion", "collected", "given", "serving"]
+
+
+@dataclass(slots=True)
+class Completion:
+    """The tokens of one completion, put together from its stream, and what ended it."""
+
+    tokens: list[pb.Token] = field(default_factory=list)
+    finished: pb.CompletionFinished | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What was drawn."""
+        return [token.id for token in self.tokens]
+
+
+@contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[LogprobsServiceStub]:
+    """Serves the model in `folder` on a free port; gives a stub, and stops the server on leaving."""
+    config = Config(cache_dir=folder, model=str(folder), port=0, dtype="float32", device="cpu", **settings)
+    ports: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+    stop = threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(config, ports, stop)), name="server")
+    thread.start()
+    try:
+        port = ports.get()
+        if isinstance(port, BaseException):
+            raise port
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield LogprobsServiceStub(channel)
+    finally:
+        stop.set()
+        thread.join()
+
+
+async def _serve(config: Config, ports: queue.SimpleQueue[int | BaseException], stop: threading.Event) -> None:
+    try:
+        async with running_server(config) as server:
+            await server.load()
+            ports.put(server.port)
+            await asyncio.to_thread(stop.wait)
+    except BaseException as error:
+        ports.put(error)
+
+
+def given(token_ids: Sequence[int]) -> pb.Input:
+    """Token ids as an input."""
+    return pb.Input(token_ids=pb.TokenIds(ids=token_ids))
+
+
+def collected(stream: Iterator[pb.GenerateResponse], count: int = 1) -> list[Completion]:
+    """The completions of a stream, which must all have finished."""
+    completions = [Completion() for _ in range(count)]
+    for response in stream:
+        for delta in response.decoded.deltas:
+            completions[delta.completion].tokens.extend(delta.tokens)
+        if response.WhichOneof("event") == "finished":
+            completions[response.finished.completion].finished = response.finished
+    assert all(completion.finished is not None for completion in completions)
+    return completions

@@ -1,0 +1,75 @@
+"""Scoring a long text over a large vocabulary needs little memory beside the model: logits are never whole."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+import transformers
+from logprobs.v1 import logprobs_pb2 as pb
+from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
+from serving import given
+from tiny_models import CONTEXT_LENGTH, save_model
+
+VOCABULARY_SIZE = 250_880
+"""BLOOM's."""
+NUM_TOKENS = 2_000
+GROWTH_LIMIT_BYTES = 400_000_000
+"""Float32 logits of all positions would need 2 GB."""
+PEAK_RESET = "5"
+"""What proc(5) wants written to clear_refs."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has a large vocabulary and is otherwise tiny."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = transformers.BloomConfig(
+        vocab_size=VOCABULARY_SIZE, hidden_size=32, n_layer=2, n_head=2, seq_length=CONTEXT_LENGTH, eos_token_id=0
+    )
+    save_model(config, folder)
+    return folder
+
+
+@contextmanager
+def served_elsewhere(folder: Path) -> Iterator[tuple[int, LogprobsServiceStub]]:
+    """A server in a process of its own: its id, and a stub."""
+    command = [sys.executable, "-m", "logprobs_server", "--model", str(folder), "--port", "0", "--dtype", "float32"]
+    with subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            target = process.stdout.readline().split()[-1]
+            with grpc.insecure_channel(target) as channel:
+                yield process.pid, LogprobsServiceStub(channel)
+        finally:
+            process.terminate()
+
+
+def status_bytes(pid: int, name: str) -> int:
+    """A process's memory as the kernel counts it."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_scoring_a_long_text_over_a_large_vocabulary_grows_memory_by_little(folder: Path) -> None:
+    request = pb.ScoreRequest(
+        context=given([(7919 * i) % VOCABULARY_SIZE for i in range(NUM_TOKENS)]),
+        logprobs=pb.LogprobOptions(top_count=5),
+    )
+    with served_elsewhere(folder) as (pid, stub):
+        stub.Score(pb.ScoreRequest(context=given(request.context.token_ids.ids[:50]), logprobs=request.logprobs))
+        idle = status_bytes(pid, "VmRSS")
+        Path(f"/proc/{pid}/clear_refs").write_text(PEAK_RESET)
+        for _ in range(3):
+            [sequence] = stub.Score(request).sequences
+            assert len(sequence.tokens) == NUM_TOKENS
+        growth = status_bytes(pid, "VmHWM") - idle
+    assert growth < GROWTH_LIMIT_BYTES, f"grew by {growth >> 20} MiB over {idle >> 20} MiB"

@@ -1,0 +1,148 @@
+"""Scored numbers are those of transformers' own forward pass, for every kind of position encoding.
+
+Each comparison is also run on a server whose positions, window or slopes are off by one: it must notice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from logprobs.v1 import logprobs_pb2 as pb
+from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
+from logprobs_server.engine import model as engine_model
+from oracle import TOLERANCE, Oracle, deviation
+from serving import given, serving
+from texts import LONG_TEXT, TEXTS
+from tiny_models import ARCHITECTURES, save_tiny_model
+from tokenizers import Tokenizer
+from transformers import masking_utils
+from transformers.models.bloom import modeling_bloom
+
+NAMED = [7, 0, 299]
+TOP_COUNT = 5
+OPTIONS = pb.LogprobOptions(top_count=TOP_COUNT, token_ids=NAMED, entropy=True)
+STEP_TOKENS = 96
+"""Few, so that most texts are computed in several chunks."""
+SPOILT_TOKENS = 300
+NOTICEABLE = 100 * TOLERANCE
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model, served, and as transformers alone runs it."""
+
+    name: str
+    stub: LogprobsServiceStub
+    oracle: Oracle
+    tokenizer: Tokenizer
+
+    def scored(self, context: pb.Input) -> Sequence[pb.Token]:
+        """The tokens of a context, scored."""
+        return self.stub.Score(pb.ScoreRequest(context=context, logprobs=OPTIONS)).sequences[0].tokens
+
+    def deviation(self, tokens: Sequence[pb.Token]) -> float:
+        """The largest difference of any number told of them."""
+        assert not tokens[0].HasField("logprob")
+        assert all(len(token.top) == TOP_COUNT for token in tokens[1:])
+        logits = self.oracle.logits([token.id for token in tokens])
+        return deviation(tokens[1:], logits[:-1], NAMED) if len(tokens) > 1 else 0.0
+
+    def long_ids(self, count: int) -> list[int]:
+        """The first token ids of a long text."""
+        ids: list[int] = self.tokenizer.encode(LONG_TEXT).ids
+        assert len(ids) >= count
+        return ids[:count]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A tiny model of each architecture."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny_model(request.param, folder)
+    yield from _served(request.param, folder, threads=1, max_sequences=8, max_step_tokens=STEP_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def embedded(embedded_folder: Path) -> Iterator[Served]:
+    """The embedded default model."""
+    yield from _served("embedded", embedded_folder, threads=os.cpu_count(), max_sequences=8)
+
+
+def _served(name: str, folder: Path, **settings: Any) -> Iterator[Served]:
+    with serving(folder, **settings) as stub:
+        yield Served(name, stub, Oracle(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+def _shift_positions(patch: pytest.MonkeyPatch) -> None:
+    """Every chunk but the first stands one position too far."""
+
+    class ShiftedGroup(engine_model._Group):
+        def __init__(self, chunks: Sequence[engine_model.Chunk], device: torch.device) -> None:
+            super().__init__(chunks, device)
+            self.position_ids += self.position_ids[:, :1] > 0
+
+    patch.setattr(engine_model, "_Group", ShiftedGroup)
+
+
+def _widen_window(patch: pytest.MonkeyPatch) -> None:
+    """Sliding windows show one token too many."""
+    overlay = masking_utils.sliding_window_overlay
+    patch.setattr(masking_utils, "sliding_window_overlay", lambda window: overlay(window + 1))
+
+
+def _take_slopes_of_one_more_head(patch: pytest.MonkeyPatch) -> None:
+    """ALiBi slopes are those of a model with one head more."""
+    slopes = modeling_bloom._get_alibi_slopes
+    patch.setattr(modeling_bloom, "_get_alibi_slopes", lambda heads, device: slopes(heads + 1, device)[:heads])
+
+
+SPOILS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], ...]] = {
+    "bloom": (_take_slopes_of_one_more_head,),
+    "gemma3_text": (_shift_positions, _widen_window),
+    "mistral": (_shift_positions, _widen_window),
+}
+"""What can be wrong by one, where it is not positions alone."""
+
+
+def _check_texts(served: Served) -> None:
+    for text in TEXTS:
+        tokens = served.scored(pb.Input(text=text))
+        assert [token.id for token in tokens] == served.tokenizer.encode(text).ids, text
+        assert served.deviation(tokens) <= TOLERANCE, text
+
+
+def test_there_are_texts_of_every_length() -> None:
+    assert len(TEXTS) >= 50
+    assert len(set(TEXTS)) == len(TEXTS)
+
+
+def test_tiny_models_score_texts_as_transformers_does(tiny: Served) -> None:
+    _check_texts(tiny)
+
+
+@pytest.mark.parametrize("count", [1, 2, 97, 2000])
+def test_tiny_models_score_any_number_of_tokens_as_transformers_does(tiny: Served, count: int) -> None:
+    assert tiny.deviation(tiny.scored(given(tiny.long_ids(count)))) <= TOLERANCE
+
+
+def test_the_comparison_notices_whatever_is_off_by_one(tiny: Served) -> None:
+    for spoil in SPOILS.get(tiny.name, (_shift_positions,)):
+        with pytest.MonkeyPatch.context() as patch:
+            spoil(patch)
+            tokens = tiny.scored(given(tiny.long_ids(SPOILT_TOKENS)))
+        assert tiny.deviation(tokens) > NOTICEABLE, spoil.__name__
+
+
+def test_the_embedded_model_scores_texts_as_transformers_does(embedded: Served) -> None:
+    _check_texts(embedded)
+
+
+@pytest.mark.parametrize("count", [1, 400, 2000])
+def test_the_embedded_model_scores_any_number_of_tokens_as_transformers_does(embedded: Served, count: int) -> None:
+    assert embedded.deviation(embedded.scored(given(embedded.long_ids(count)))) <= TOLERANCE
