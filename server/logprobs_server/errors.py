@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
+    "MAX_VIOLATIONS",
     "EngineFailedError",
     "InvalidRequestError",
     "MalformedRequestError",
@@ -17,6 +18,8 @@ __all__ = [
     "shown",
 ]
 
+MAX_VIOLATIONS = 20
+"""Broken rules that are listed; more are counted."""
 _MAX_SHOWN = 64
 
 
@@ -46,25 +49,28 @@ class ServiceError(Exception):
         *,
         reason: str | None = None,
         violations: Sequence[Violation] = (),
+        num_unlisted: int = 0,
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason or self.reason
         self.violations = tuple(violations)
+        self.num_unlisted = num_unlisted
         self.retry_after_s = retry_after_s
 
 
 class InvalidRequestError(ServiceError):
-    """The request breaks rules, whatever the load; all of them are listed."""
+    """The request breaks rules, whatever the load; the first are listed, all are counted."""
 
     status = "INVALID_ARGUMENT"
     reason = "INVALID_REQUEST"
 
-    def __init__(self, violations: Sequence[Violation]) -> None:
-        first = violations[0]
-        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-        super().__init__(f"{first.field}: {first.description}{more}", violations=violations)
+    def __init__(self, violations: Sequence[Violation], num_unlisted: int) -> None:
+        first, num_more = violations[0], len(violations) - 1 + num_unlisted
+        more = f" (and {num_more} more)" if num_more else ""
+        message = f"{first.field}: {first.description}{more}"
+        super().__init__(message, violations=violations, num_unlisted=num_unlisted)
 
 
 class MalformedRequestError(ServiceError):

@@ -27,7 +27,6 @@ _log = logging.getLogger(__name__)
 _REQUEST_ID = "x-request-id"
 _SOUND_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _DOMAIN = "logprobs"
-_MAX_VIOLATIONS = 20
 _MAX_DETAILS_BYTES = 3800  # gRPC's trailers hold 8 KiB in all, and details travel in base64
 
 
@@ -142,7 +141,7 @@ def status_of(error: ServiceError, request_id: str) -> status_pb2.Status:
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     if error.violations:
-        details.append(_bad_request(error.violations))
+        details.append(_bad_request(error.violations, error.num_unlisted))
     packed = []
     for detail in details:
         packed.append(any_pb2.Any())
@@ -150,15 +149,17 @@ def status_of(error: ServiceError, request_id: str) -> status_pb2.Status:
     return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=error.message, details=packed)
 
 
-def _bad_request(violations: tuple[Violation, ...]) -> error_details_pb2.BadRequest:
-    """As many violations as fit the trailers; the last entry counts the rest."""
+def _bad_request(violations: tuple[Violation, ...], num_unlisted: int) -> error_details_pb2.BadRequest:
+    """As many violations as fit the trailers; if there are more, the last entry counts them."""
     bad = error_details_pb2.BadRequest()
     for index, violation in enumerate(violations):
         bad.field_violations.add(field=violation.field, description=violation.description)
-        if bad.ByteSize() > _MAX_DETAILS_BYTES or index == _MAX_VIOLATIONS:
+        if bad.ByteSize() > _MAX_DETAILS_BYTES:
             del bad.field_violations[-1]
-            bad.field_violations.add(field="", description=f"and {len(violations) - index} more")
+            num_unlisted += len(violations) - index
             break
+    if num_unlisted:
+        bad.field_violations.add(field="", description=f"and {num_unlisted} more")
     return bad
 
 

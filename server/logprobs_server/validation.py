@@ -25,7 +25,7 @@ from logprobs_server.engine.types import (
     ScoreJob,
     StoppingOptions,
 )
-from logprobs_server.errors import InvalidRequestError, Violation, shown
+from logprobs_server.errors import MAX_VIOLATIONS, InvalidRequestError, Violation, shown
 from logprobs_server.requests import GeneratePlan, GivenText, Limits, RankingCriterion, RankingPlan, ScorePlan
 from logprobs_server.text.offsets import code_point_offsets
 from logprobs_server.text.vocabulary import Vocabulary
@@ -53,14 +53,17 @@ _ALTERNATIVE_OVERHEAD = 20
 
 
 class _Rules:
-    """Collects the rules a request breaks."""
+    """Collects the first rules that a request breaks, and counts the others."""
 
     def __init__(self) -> None:
-        self.violations: list[Violation] = []
+        self._violations: list[Violation] = []
+        self.num_broken = 0
 
     def broken(self, field: str, description: str) -> None:
         """One more broken rule."""
-        self.violations.append(Violation(field, description))
+        self.num_broken += 1
+        if len(self._violations) < MAX_VIOLATIONS:
+            self._violations.append(Violation(field, description))
 
     def check(self, holds: bool, field: str, description: str) -> bool:
         """Notes the rule as broken unless it holds; returns whether it does."""
@@ -78,8 +81,8 @@ class _Rules:
         Raises:
             InvalidRequestError: rules were broken.
         """
-        if self.violations:
-            raise InvalidRequestError(self.violations)
+        if self.num_broken:
+            raise InvalidRequestError(self._violations, self.num_broken - len(self._violations))
 
 
 class Validator:
@@ -123,7 +126,6 @@ class Validator:
             self._pair(rules, f"continuations[{i}]", request.context, context, continuation)
             for i, continuation in enumerate(request.continuations[:limit])
         ]
-        rules.done()
         texts = [text for text, _ in pairs] if count else [context]
         wholes = [whole for _, whole in pairs] if count else [tuple(context.token_ids)]
         longest = self._model.context_length
@@ -135,6 +137,7 @@ class Validator:
                 field,
                 f"{what}has {len(whole)} tokens; the model's context holds {longest}",
             )
+        rules.done()
         prefix = _common_prefix([whole[: text.first] for whole, text in zip(wholes, texts, strict=True)])
         job = ScoreJob(
             prefix=prefix,
@@ -187,16 +190,9 @@ class Validator:
         options = self._logprob_options(rules, "logprobs", request.logprobs)
         wants_prompt = request.HasField("prompt_logprobs")
         prompt_options = self._logprob_options(rules, "prompt_logprobs", request.prompt_logprobs)
-        prompt = self._input(rules, "prompt", request.prompt)
+        prompt = self._prompt(rules, request.prompt, generates=max_tokens != 0)
         rules.done()
         tokens, longest = len(prompt.token_ids), self._model.context_length
-        rules.check(tokens > 0, "prompt", "has no tokens, and the tokenizer adds none")
-        most = longest if max_tokens == 0 else longest - 1
-        rules.check(
-            tokens <= most,
-            "prompt",
-            f"has {tokens} tokens and leaves no room to generate; the model's context holds {longest}",
-        )
         job = GenerateJob(
             prompt=tuple(prompt.token_ids),
             max_tokens=max_tokens,
@@ -259,15 +255,16 @@ class Validator:
     def _start(self, request: Message) -> _Rules:
         """Refuses fields and enum values that this server does not know: nothing is ever ignored."""
         rules = _Rules()
-        rules.violations += unknown_parts(request)
+        for unknown in unknown_parts(request):
+            rules.broken(unknown.field, unknown.description)
         rules.done()
         return rules
 
     def _ids(self, rules: _Rules, field: str, ids: Sequence[int]) -> None:
         size = self._model.vocabulary_size
-        wrong = [i for i, token_id in enumerate(ids) if not 0 <= token_id < size]
-        for i in wrong[:20]:
-            rules.broken(f"{field}[{i}]", f"{ids[i]} is outside the vocabulary, [0, {size - 1}]")
+        for i, token_id in enumerate(ids):
+            if not 0 <= token_id < size:
+                rules.broken(f"{field}[{i}]", f"{token_id} is outside the vocabulary, [0, {size - 1}]")
 
     def _input(self, rules: _Rules, field: str, given: pb.Input) -> GivenText:
         """The tokens of an input by itself; an empty one if rules are broken."""
@@ -277,17 +274,31 @@ class Validator:
                 encoding = self._vocabulary.encode(given.text, special)
                 return _given(encoding.token_ids, encoding.pieces, text_changed=encoding.text_changed)
             case "token_ids":
-                before = len(rules.violations)
+                before = rules.num_broken
                 if given.HasField("add_special_tokens"):
                     rules.broken(f"{field}.add_special_tokens", "is only for text")
                 self._ids(rules, f"{field}.token_ids.ids", given.token_ids.ids)
-                ids = tuple(given.token_ids.ids) if len(rules.violations) == before else ()
+                ids = tuple(given.token_ids.ids) if rules.num_broken == before else ()
                 return _given(ids, [self._vocabulary.token_bytes(i) for i in ids], text_changed=False)
             case "conversation":
                 rules.broken(f"{field}.conversation", _NOT_YET)
             case _:
                 rules.broken(field, "one of text, token_ids, conversation must be set")
         return _given((), (), text_changed=False)
+
+    def _prompt(self, rules: _Rules, given: pb.Input, *, generates: bool) -> GivenText:
+        """The tokens of a prompt, which must be some and leave room for one more if something is generated."""
+        before = rules.num_broken
+        prompt = self._input(rules, "prompt", given)
+        tokens, longest = len(prompt.token_ids), self._model.context_length
+        if rules.num_broken == before:
+            rules.check(tokens > 0, "prompt", "has no tokens, and the tokenizer adds none")
+            rules.check(
+                tokens <= longest - generates,
+                "prompt",
+                f"has {tokens} tokens and leaves no room to generate; the model's context holds {longest}",
+            )
+        return prompt
 
     def _pair(
         self, rules: _Rules, field: str, context: pb.Input, alone: GivenText, continuation: pb.Input
@@ -416,7 +427,7 @@ class Validator:
         return tokens * (_TOKEN_OVERHEAD + _ALTERNATIVE_OVERHEAD * alternatives + named + spelled)
 
     def _fits(self, rules: _Rules, field: str, job: Job) -> None:
-        if not rules.violations and (reason := self._unfit(job)) is not None:
+        if not rules.num_broken and (reason := self._unfit(job)) is not None:
             rules.broken(field, reason)
 
 
