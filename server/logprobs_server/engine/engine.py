@@ -14,9 +14,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from logprobs_server.engine.batch import Chunk, Model
 from logprobs_server.engine.kv_cache import BlockPool
 from logprobs_server.engine.logprobs import position_logprobs
-from logprobs_server.engine.model import Chunk, Model
 from logprobs_server.engine.random import VocabularyNoise
 from logprobs_server.engine.sampling import DrawnToken, draw_tokens
 from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits, Work

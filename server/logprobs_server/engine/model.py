@@ -10,7 +10,7 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -21,14 +21,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
+from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
 from logprobs_server.engine.types import ModelDescription
 
 __all__ = [
-    "Chunk",
     "LoadOptions",
     "LoadedTokenizer",
-    "Model",
     "ModelNotServableError",
     "TransformersModel",
     "load_model",
@@ -48,35 +47,6 @@ _KV_SHARE = 0.5
 
 class ModelNotServableError(Exception):
     """A model that cannot be served; the message is the reason, for the operator."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """Consecutive tokens of one sequence, to be computed: the first stands at position `start`.
-
-    blocks: where the sequence's keys and values are; those of the tokens before `start` are there already.
-    """
-
-    token_ids: Sequence[int]
-    start: int
-    blocks: Sequence[int]
-
-
-class Model(Protocol):
-    """What the engine needs of a model."""
-
-    description: ModelDescription
-    device: torch.device
-    num_blocks: int
-
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [rows, vocab] that follow hidden states [rows, hidden]."""
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies keys and values of blocks, (from, to)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

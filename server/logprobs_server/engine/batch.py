@@ -1,0 +1,43 @@
+"""What the engine needs of a model: chunks of sequences in, hidden states and logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from logprobs_server.engine.types import ModelDescription
+
+__all__ = ["Chunk", "Model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Consecutive tokens of one sequence, to be computed: the first stands at position `start`.
+
+    blocks: where the sequence's keys and values are; those of the tokens before `start` are there already.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+
+
+class Model(Protocol):
+    """What the engine needs of a model."""
+
+    description: ModelDescription
+    device: torch.device
+    num_blocks: int
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab] that follow hidden states [rows, hidden]."""
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies keys and values of blocks, (from, to)."""
