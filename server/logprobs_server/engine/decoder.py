@@ -329,7 +329,7 @@ def _layer_norm(module: nn.LayerNorm) -> Norm:
 
 
 def _slopes(heads: int) -> Tensor:
-    """ALiBi's slopes (arXiv:2108.12409): powers of 2^(-8/n) for n = 2^k heads, then every other of the next finer ones."""
+    """ALiBi's slopes (arXiv:2108.12409): powers of 2^(-8/n) for n = 2^k heads, and every other finer one."""
     power = 1 << (heads.bit_length() - 1)
     exponents = [8 * (i + 1) / power for i in range(power)]
     exponents += [4 * (2 * i + 1) / power for i in range(heads - power)]
