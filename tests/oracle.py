@@ -19,6 +19,10 @@ TOLERANCE = 1e-4
 """Most that a number may differ, in nats."""
 _ROWS = 128
 
+# The thread that imports this, that of the tests, computes alone. A second thread for every small softmax made these
+# tests thirty times slower once engines had come and gone in the same process. Servers set a number of their own.
+torch.set_num_threads(1)
+
 
 class Oracle:
     """A model as transformers alone runs it."""
