@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import grpc
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
+from logprobs_server.__main__ import parse
 from logprobs_server.app import running_server
 from logprobs_server.config import Config
 
@@ -36,7 +38,8 @@ class Completion:
 @contextmanager
 def serving(folder: Path, **settings: Any) -> Iterator[LogprobsServiceStub]:
     """Serves the model in `folder` on a free port; gives a stub, and stops the server on leaving."""
-    config = Config(cache_dir=folder, model=str(folder), port=0, dtype="float32", device="cpu", **settings)
+    settings = {"dtype": "float32", "device": "cpu", **settings}
+    config = Config(cache_dir=parse([], dict(os.environ)).cache_dir, model=str(folder), port=0, **settings)
     ports: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
     stop = threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(_serve(config, ports, stop)), name="server")

@@ -50,9 +50,7 @@ def elements(file: FileDescriptorProto) -> Iterator[tuple[str, SourcePath]]:
         yield from service_elements(service, (file.SERVICE_FIELD_NUMBER, index))
 
 
-def message_elements(
-    message: DescriptorProto, path: SourcePath, name: str
-) -> Iterator[tuple[str, SourcePath]]:
+def message_elements(message: DescriptorProto, path: SourcePath, name: str) -> Iterator[tuple[str, SourcePath]]:
     if message.options.map_entry:
         return
     yield name, path
@@ -84,11 +82,7 @@ def service_elements(service: ServiceDescriptorProto, path: SourcePath) -> Itera
 
 def described(file: FileDescriptorProto) -> set[SourcePath]:
     """Paths of the elements that a comment leads."""
-    return {
-        tuple(location.path)
-        for location in file.source_code_info.location
-        if location.leading_comments.strip()
-    }
+    return {tuple(location.path) for location in file.source_code_info.location if location.leading_comments.strip()}
 
 
 def compiled(folder: Path, target: Path) -> FileDescriptorProto:
@@ -175,16 +169,10 @@ def test_the_contract_keeps_what_the_last_release_promised() -> None:
         ),
         pytest.param("string text = 1;", "bytes text = 1;", "FIELD_SAME_TYPE", id="field retyped"),
         pytest.param("int32 top_count = 1;", "uint32 top_count = 1;", "FIELD_SAME_TYPE", id="field unsigned"),
-        pytest.param(
-            "optional float logprob", "float logprob", "FIELD_SAME_CARDINALITY", id="field not optional"
-        ),
-        pytest.param(
-            "Input prompt = 1;", "repeated Input prompt = 1;", "FIELD_SAME_CARDINALITY", id="repeated"
-        ),
+        pytest.param("optional float logprob", "float logprob", "FIELD_SAME_CARDINALITY", id="field not optional"),
+        pytest.param("Input prompt = 1;", "repeated Input prompt = 1;", "FIELD_SAME_CARDINALITY", id="repeated"),
         pytest.param(" totals_only = 7;", " totals = 7;", "FIELD_SAME_NAME", id="field renamed"),
-        pytest.param(
-            "^ *bool next_token = 8;\n", "", "FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED", id="field removed"
-        ),
+        pytest.param("^ *bool next_token = 8;\n", "", "FIELD_NO_DELETE_UNLESS_NUMBER_RESERVED", id="field removed"),
         pytest.param(
             "^ *bool next_token = 8;\n",
             "  reserved 8;\n",
@@ -218,9 +206,7 @@ def test_the_contract_keeps_what_the_last_release_promised() -> None:
         pytest.param("service Logprobs", "service Token", "SERVICE_NO_DELETE", id="service renamed"),
     ],
 )
-def test_a_change_that_breaks_callers_is_found(
-    changed: Path, pattern: str, replacement: str, rule: str
-) -> None:
+def test_a_change_that_breaks_callers_is_found(changed: Path, pattern: str, replacement: str, rule: str) -> None:
     rewrite(changed, pattern, replacement)
     assert rule in broken_rules(changed)
 
@@ -238,9 +224,7 @@ def test_a_change_that_breaks_callers_is_found(
         ),
     ],
 )
-def test_a_change_that_callers_do_not_notice_is_allowed(
-    changed: Path, pattern: str, replacement: str
-) -> None:
+def test_a_change_that_callers_do_not_notice_is_allowed(changed: Path, pattern: str, replacement: str) -> None:
     rewrite(changed, pattern, replacement)
     assert broken_rules(changed) == set()
 

@@ -44,9 +44,7 @@ LAYERS = [
         f"grpc google.protobuf torch transformers logprobs_server.engine logprobs_server.validation {UPPER}",
         id="text",
     ),
-    pytest.param(
-        SERVER, "logprobs_server.errors", f"grpc torch logprobs_server.validation {UPPER}", id="errors"
-    ),
+    pytest.param(SERVER, "logprobs_server.errors", f"grpc torch logprobs_server.validation {UPPER}", id="errors"),
 ]
 """Where a layer lives, the module or package it is, and what it must not need."""
 

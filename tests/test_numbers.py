@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 import torch
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
+from logprobs_server.__main__ import parse
+from logprobs_server.engine import decoder, kernels
 from logprobs_server.engine import model as engine_model
 from logprobs_server.engine.batch import Chunk
+from logprobs_server.engine.lean import ROTATION, SLOPES, WINDOW, LeanModel
 from oracle import TOLERANCE, Oracle, deviation
 from serving import given, serving
 from texts import LONG_TEXT, TEXTS
@@ -31,6 +35,7 @@ OPTIONS = pb.LogprobOptions(top_count=TOP_COUNT, token_ids=NAMED, entropy=True)
 STEP_TOKENS = 96
 """Few, so that most texts are computed in several chunks."""
 SPOILT_TOKENS = 300
+LEAN_FAMILIES = {"llama", "mistral", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "bloom"}
 NOTICEABLE = 100 * TOLERANCE
 
 
@@ -39,6 +44,7 @@ class Served:
     """A model, served, and as transformers alone runs it."""
 
     name: str
+    lean: bool
     stub: LogprobsServiceStub
     oracle: Oracle
     tokenizer: Tokenizer
@@ -61,23 +67,29 @@ class Served:
         return ids[:count]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+BOTH_PATHS = [(name, lean) for name in ARCHITECTURES for lean in (False, True) if not lean or name in LEAN_FAMILIES]
+
+
+@pytest.fixture(scope="module", params=BOTH_PATHS, ids=lambda param: f"{param[0]}-{'lean' if param[1] else 'general'}")
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A tiny model of each architecture."""
-    folder = tmp_path_factory.mktemp(request.param)
-    save_tiny_model(request.param, folder)
-    yield from _served(request.param, folder, threads=1, max_sequences=8, max_step_tokens=STEP_TOKENS)
+    """A tiny model of each architecture, on each path that can run it."""
+    name, lean = request.param
+    folder = tmp_path_factory.mktemp(name)
+    save_tiny_model(name, folder)
+    yield from _served(name, lean, folder, threads=1, max_sequences=8, max_step_tokens=STEP_TOKENS)
 
 
-@pytest.fixture(scope="module")
-def embedded(embedded_folder: Path) -> Iterator[Served]:
-    """The embedded default model."""
-    yield from _served("embedded", embedded_folder, threads=os.cpu_count(), max_sequences=8)
+@pytest.fixture(scope="module", params=[False, True], ids=["general", "lean"])
+def embedded(request: pytest.FixtureRequest, embedded_folder: Path) -> Iterator[Served]:
+    """The embedded default model, on each path."""
+    yield from _served("embedded", request.param, embedded_folder, threads=os.cpu_count(), max_sequences=8)
 
 
-def _served(name: str, folder: Path, **settings: Any) -> Iterator[Served]:
-    with serving(folder, **settings) as stub:
-        yield Served(name, stub, Oracle(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
+def _served(name: str, lean: bool, folder: Path, **settings: Any) -> Iterator[Served]:
+    if lean and not kernels.load(parse([], dict(os.environ)).cache_dir / "kernels"):
+        pytest.skip("the kernels cannot be used on this machine")
+    with serving(folder, kernels=lean, **settings) as stub:
+        yield Served(name, lean, stub, Oracle(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
 def _shift_positions(patch: pytest.MonkeyPatch) -> None:
@@ -103,6 +115,58 @@ def _take_slopes_of_one_more_head(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(modeling_bloom, "_get_alibi_slopes", lambda heads, device: slopes(heads + 1, device)[:heads])
 
 
+def _spoil_lean(patch: pytest.MonkeyPatch, spoil: Callable[[LeanModel], None]) -> None:
+    """Computes every chunk but the first with a spoilt copy of the model's description."""
+    forward = LeanModel.forward
+
+    def spoilt(model: LeanModel, chunks: Sequence[Chunk]) -> torch.Tensor:
+        if chunks[0].start == 0:
+            return forward(model, chunks)
+        twin = copy(model)
+        twin._layers = [copy(layer) for layer in model._layers]
+        spoil(twin)
+        return forward(twin, chunks)
+
+    patch.setattr(LeanModel, "forward", spoilt)
+
+
+def _shift_lean_positions(patch: pytest.MonkeyPatch) -> None:
+    def shift(model: LeanModel) -> None:
+        positions = model._architecture.positions
+        if positions is not None:
+            model._architecture = replace(model._architecture, positions=positions.roll(-1, 0))
+        for layer in model._layers:
+            table = layer.parts[ROTATION]
+            layer.parts = [*layer.parts]
+            layer.parts[ROTATION] = None if table is None else table.roll(-1, 0)
+
+    _spoil_lean(patch, shift)
+
+
+def _widen_lean_window(patch: pytest.MonkeyPatch) -> None:
+    def widen(model: LeanModel) -> None:
+        for layer in model._layers:
+            layer.numbers = [*layer.numbers]
+            layer.numbers[WINDOW] += layer.numbers[WINDOW] > 0
+
+    _spoil_lean(patch, widen)
+
+
+def _take_lean_slopes_of_one_more_head(patch: pytest.MonkeyPatch) -> None:
+    def steepen(model: LeanModel) -> None:
+        for layer in model._layers:
+            heads = layer.numbers[0]
+            layer.parts = [*layer.parts]
+            layer.parts[SLOPES] = decoder._slopes(heads + 1)[:heads]
+
+    _spoil_lean(patch, steepen)
+
+
+LEAN_SPOILS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], ...]] = {
+    "bloom": (_take_lean_slopes_of_one_more_head,),
+    "gemma3_text": (_shift_lean_positions, _widen_lean_window),
+    "mistral": (_shift_lean_positions, _widen_lean_window),
+}
 SPOILS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], ...]] = {
     "bloom": (_take_slopes_of_one_more_head,),
     "gemma3_text": (_shift_positions, _widen_window),
@@ -133,7 +197,11 @@ def test_tiny_models_score_any_number_of_tokens_as_transformers_does(tiny: Serve
 
 
 def test_the_comparison_notices_whatever_is_off_by_one(tiny: Served) -> None:
-    for spoil in SPOILS.get(tiny.name, (_shift_positions,)):
+    if tiny.lean:
+        spoils = LEAN_SPOILS.get(tiny.name, (_shift_lean_positions,))
+    else:
+        spoils = SPOILS.get(tiny.name, (_shift_positions,))
+    for spoil in spoils:
         with pytest.MonkeyPatch.context() as patch:
             spoil(patch)
             tokens = tiny.scored(given(tiny.long_ids(SPOILT_TOKENS)))

@@ -27,13 +27,14 @@ def parse(arguments: Sequence[str] | None, environment: dict[str, str]) -> Confi
     for setting in fields(Config):
         if setting.metadata:
             default = setting.default
-            parser.add_argument(
-                f"--{setting.name.replace('_', '-')}",
-                type=_TYPES[str(setting.type).removesuffix(" | None")],
-                default=default,
-                metavar=setting.name.rpartition("_")[2].upper(),
-                help=setting.metadata["about"] + ("" if default is None else f" (default: {default})"),
-            )
+            name = f"--{setting.name.replace('_', '-')}"
+            about = setting.metadata["about"] + ("" if default is None else f" (default: {default})")
+            if setting.type == "bool":
+                parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=about)
+            else:
+                kind = _TYPES[str(setting.type).removesuffix(" | None")]
+                metavar = setting.name.rpartition("_")[2].upper()
+                parser.add_argument(name, type=kind, default=default, metavar=metavar, help=about)
     flags = parser.parse_args(arguments)
     try:
         return Config(cache_dir=_cache_dir(environment), **vars(flags))

@@ -143,6 +143,7 @@ def load(config: Config) -> tuple[Ready, TorchEngine]:
                 device=config.device,
                 context_length=config.context_length,
                 kv_cache_bytes=None if config.kv_cache_mib is None else config.kv_cache_mib << 20,
+                kernels_dir=config.cache_dir / "kernels" if config.kernels else None,
             )
         )
         tokenizer = load_tokenizer(path, source.name)

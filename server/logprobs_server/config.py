@@ -35,6 +35,7 @@ class Config:
     port: int = _setting(50051, "port to listen on; 0 takes a free one", least=0)
     dtype: str = _setting("auto", "auto, float32, bfloat16 or float16; auto is bfloat16 on a GPU, float32 on a CPU")
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1 …; auto is a GPU if there is one")
+    kernels: bool = _setting(True, "our own kernels on a CPU, built once where there is a compiler")
     threads: int | None = _setting(None, "threads of the model on a CPU; unset: one per core", least=1)
     context_length: int | None = _setting(None, "longest sequence, in tokens; unset: the model's own", least=2)
     kv_cache_mib: int | None = _setting(

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.engine import TorchEngine
 from logprobs_server.engine.kv_cache import BLOCK_SIZE
-from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.types import (
     CompletionDecoded,
     ContinuationScored,

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 __all__ = ["BLOCK_SIZE", "BlockPool", "blocks_for"]
 
-BLOCK_SIZE = 16
-"""Tokens whose keys and values one block holds."""
+BLOCK_SIZE = 32
+"""Tokens whose keys and values one block holds; kBlock in kernels/cpu.cpp."""
 
 
 def blocks_for(num_tokens: int) -> int:

@@ -7,6 +7,7 @@ the kernels; a row's bits depend on that row alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -20,6 +21,9 @@ from logprobs_server.engine.types import ModelDescription
 
 __all__ = ["LeanModel"]
 
+ROTATION, SLOPES, WINDOW = 16, 17, 4
+"""Places in a packed layer's `parts` and `numbers`, see `Part` and `Number` in kernels/cpu.cpp."""
+
 
 class LeanModel:
     """A decoder with packed weights. Hidden states are float32, before the final norm."""
@@ -30,7 +34,8 @@ class LeanModel:
         self.description = description
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
-        self._architecture = architecture
+        # What is packed below is not kept a second time.
+        self._architecture = replace(architecture, layers=(), head=replace(architecture.head, weight=torch.empty(0)))
         self._dtype = dtype
         self._layers = [_PackedLayer(architecture, layer, dtype, num_blocks) for layer in architecture.layers]
         self._head = torch.ops.logprobs.pack(architecture.head.weight.to(dtype))

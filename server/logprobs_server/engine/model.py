@@ -10,6 +10,7 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,8 +22,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
-from logprobs_server.engine.batch import Chunk
+from logprobs_server.engine import kernels
+from logprobs_server.engine.batch import Chunk, Model
+from logprobs_server.engine.decoder import architecture_of
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
+from logprobs_server.engine.lean import LeanModel
 from logprobs_server.engine.types import ModelDescription
 
 __all__ = [
@@ -59,6 +63,7 @@ class LoadOptions:
     device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" …
     context_length: at most the model's own, which None takes.
     kv_cache_bytes: None takes what `max_sequences` of the longest can use, at most half the free memory.
+    kernels_dir: where the CPU's kernels are, or are to be built; None does without them.
     """
 
     path: str
@@ -69,6 +74,7 @@ class LoadOptions:
     device: str = "auto"
     context_length: int | None = None
     kv_cache_bytes: int | None = None
+    kernels_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,25 +146,22 @@ class _PassThrough(nn.Module):
 class TransformersModel:
     """A causal language model run by transformers, its keys and values in blocks. Implements `Model`.
 
-    Raises:
-        ModelNotServableError: its forward pass through the blocks does not agree with its plain one.
+    Takes the model over: what stands for its decoder afterwards only hands hidden states through.
     """
 
-    def __init__(self, model: Any, description: ModelDescription, *, kv_cache_bytes: int | None, max_sequences: int):
+    def __init__(self, model: Any, description: ModelDescription, options: LoadOptions) -> None:
         self.description = description
         self.device = model.device
-        ids, plain = _plain_logits(model, description)
         self._body = model.get_decoder()
         self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         shapes = _kv_shapes(self._body, self.device)
-        self.num_blocks = _num_blocks(shapes, model.dtype, description, kv_cache_bytes, max_sequences, self.device)
+        self.num_blocks = _num_blocks(shapes, model.dtype, description, options, self.device)
         self._layers = [
             _BlockLayer(*(self._new_store(heads, size, model.dtype) for heads, size in layer)) for layer in shapes
         ]
         self._cache = Cache(layers=list(self._layers))
         _replace_module(model, self._body, _PassThrough())
         self._head = model
-        self._check(ids, plain, _CHECK_TOLERANCE[model.dtype])
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""
@@ -202,27 +205,9 @@ class TransformersModel:
         store[:BLOCK_SIZE] = 0
         return store
 
-    @torch.inference_mode()
-    def _check(self, ids: list[int], plain: Tensor, tolerance: float) -> None:
-        """Compares a prompt computed in chunks and token by token with the plain forward pass."""
-        cuts = [0, len(ids) // 2, *range(len(ids) // 2 + 3, len(ids) + 1)]
-        blocks = range(1, 1 + blocks_for(len(ids)))
-        hidden = torch.cat(
-            [
-                self.forward([Chunk(token_ids=ids[start:stop], start=start, blocks=blocks)])
-                for start, stop in itertools.pairwise(cuts)
-            ]
-        )
-        difference = (_logprobs(self.logits(hidden)) - _logprobs(plain[: len(hidden)])).abs().mean().item()
-        if not difference <= tolerance:
-            raise ModelNotServableError(
-                f"{self.description.name}: its forward pass through a KV cache differs from its plain one "
-                f"by {difference:.3g} nats on average; models with other state than keys and values cannot be served"
-            )
 
-
-def load_model(options: LoadOptions) -> TransformersModel:
-    """Loads a model's weights and makes it ready to run.
+def load_model(options: LoadOptions) -> Model:
+    """Loads a model's weights and makes it ready to run: on the lean path where its family and the machine allow it.
 
     Raises:
         ModelNotServableError: with the reason.
@@ -243,12 +228,27 @@ def load_model(options: LoadOptions) -> TransformersModel:
     model = model.to(device).eval()
     description = _description(options, config, model)
     try:
-        return TransformersModel(
-            model, description, kv_cache_bytes=options.kv_cache_bytes, max_sequences=options.max_sequences
-        )
+        ids, plain = _plain_logits(model, description)
+        served = _lean_model(model, description, options) or TransformersModel(model, description, options)
+        _check(served, ids, plain, _CHECK_TOLERANCE[model.dtype])
+        return served
     except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
         reason = f"{options.name}: {type(model).__name__} cannot be run through a KV cache: {_first_line(error)}"
         raise ModelNotServableError(reason) from error
+
+
+@torch.inference_mode()
+def _lean_model(model: Any, description: ModelDescription, options: LoadOptions) -> LeanModel | None:
+    """The model on the lean path; None where that does not know its family, or where the kernels cannot be used."""
+    if options.kernels_dir is None or model.device.type != "cpu" or model.dtype == torch.float16:
+        return None
+    architecture = architecture_of(model, description.context_length)
+    if architecture is None or not kernels.load(options.kernels_dir):
+        return None
+    kept = (architecture.key_heads, architecture.head_size)
+    shapes = [(kept, kept) for _ in architecture.layers]
+    num_blocks = _num_blocks(shapes, model.dtype, description, options, model.device)
+    return LeanModel(architecture, description, dtype=model.dtype, num_blocks=num_blocks)
 
 
 def load_tokenizer(path: str, name: str) -> LoadedTokenizer:
@@ -341,6 +341,29 @@ def _plain_logits(model: Any, description: ModelDescription) -> tuple[list[int],
     return ids[0].tolist(), model(input_ids=ids.to(model.device), use_cache=False).logits[0]
 
 
+@torch.inference_mode()
+def _check(model: Model, ids: list[int], plain: Tensor, tolerance: float) -> None:
+    """Compares a prompt computed in chunks and token by token with the plain forward pass.
+
+    Raises:
+        ModelNotServableError: they differ.
+    """
+    cuts = [0, len(ids) // 2, *range(len(ids) // 2 + 3, len(ids) + 1)]
+    blocks = range(1, 1 + blocks_for(len(ids)))
+    hidden = torch.cat(
+        [
+            model.forward([Chunk(token_ids=ids[start:stop], start=start, blocks=blocks)])
+            for start, stop in itertools.pairwise(cuts)
+        ]
+    )
+    difference = (_logprobs(model.logits(hidden)) - _logprobs(plain[: len(hidden)])).abs().mean().item()
+    if not difference <= tolerance:
+        raise ModelNotServableError(
+            f"{model.description.name}: its forward pass through a KV cache differs from its plain one by "
+            f"{difference:.3g} nats on average; models with other state than keys and values cannot be served"
+        )
+
+
 def _logprobs(logits: Tensor) -> Tensor:
     return logits.double().log_softmax(dim=-1).clamp_(min=-100)
 
@@ -357,14 +380,14 @@ def _num_blocks(
     shapes: list[tuple[tuple[int, int], tuple[int, int]]],
     dtype: torch.dtype,
     description: ModelDescription,
-    kv_cache_bytes: int | None,
-    max_sequences: int,
+    options: LoadOptions,
     device: torch.device,
 ) -> int:
     """Blocks of the KV cache, the unused block 0 included."""
+    kv_cache_bytes = options.kv_cache_bytes
     token_bytes = dtype.itemsize * sum(heads * size for layer in shapes for heads, size in layer)
     if kv_cache_bytes is None:
-        useful = max_sequences * description.context_length * token_bytes
+        useful = options.max_sequences * description.context_length * token_bytes
         kv_cache_bytes = min(useful, int(_KV_SHARE * _free_memory(device)))
     blocks = kv_cache_bytes // (token_bytes * BLOCK_SIZE)
     least = 2 * blocks_for(description.context_length)

@@ -24,6 +24,7 @@ using at::Tensor;
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kColumns = 32;  // columns of a product that one block of packed weights gives
+constexpr int64_t kInputs = 64;   // inputs that one float32 sum takes before it is added to the others
 constexpr int64_t kRows = 64;     // rows of a product computed at a time
 constexpr int64_t kBlock = 32;    // tokens in a block of the KV cache; BLOCK_SIZE in kv_cache.py
 constexpr int64_t kTile = 16;     // queries of one sequence that go through the keys together
@@ -49,27 +50,28 @@ Tensor pack(const Tensor& weight) {
 }
 
 // out[rows, outputs] = x[rows, in] · weightᵀ + bias, added to what `out` holds if `add`. Leading dimension of x: ldx.
+// float32 sums run over `kInputs` inputs at a time and are then added up, which halves the error of one long sum.
 template <class T>
 void product(const T* x, int64_t rows, int64_t ldx, const Tensor& packed, const float* bias, int64_t outputs, float* out,
              bool add) {
   const int64_t blocks = packed.size(0), in = packed.numel() / (blocks * kColumns);
+  const int64_t stride = kHalf<T> ? in : kInputs;
   const T* weights = data<T>(packed);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    float spare[kRows * kColumns];
+    alignas(64) float tile[kRows * kColumns];
     for (int64_t b = begin; b < end; ++b) {
       const int64_t column = b * kColumns, width = std::min(kColumns, outputs - column);
       for (int64_t row = 0; row < rows; row += kRows) {
         const int64_t count = std::min(kRows, rows - row);
-        float* target = out + row * outputs + column;
-        const bool whole = width == kColumns;
-        at::native::cpublas::brgemm(count, kColumns, in, ldx, kColumns, whole ? outputs : kColumns, add && whole,
-                                    x + row * ldx, weights + b * in * kColumns, whole ? target : spare, kHalf<T>);
-        for (int64_t r = 0; r < count && (bias != nullptr || !whole); ++r)
-          for (int64_t c = 0; c < width; ++c) {
-            float value = whole ? target[r * outputs + c] : spare[r * kColumns + c];
-            if (!whole && add) value += target[r * outputs + c];
-            target[r * outputs + c] = value + (bias != nullptr ? bias[column + c] : 0.0f);
-          }
+        for (int64_t i = 0; i < in; i += stride)
+          at::native::cpublas::brgemm(count, kColumns, std::min(stride, in - i), ldx, kColumns, kColumns, i > 0,
+                                      x + row * ldx + i, weights + (b * in + i) * kColumns, tile, kHalf<T>);
+        for (int64_t r = 0; r < count; ++r) {
+          float* to = out + (row + r) * outputs + column;
+          const float* from = tile + r * kColumns;
+          for (int64_t c = 0; c < width; ++c)
+            to[c] = (add ? to[c] : 0.0f) + (bias != nullptr ? from[c] + bias[column + c] : from[c]);
+        }
       }
     }
     at::native::cpublas::brgemm_release(kHalf<T>);
