@@ -13,13 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
 from logprobs_server.__main__ import parse
 from logprobs_server.app import running_server
 from logprobs_server.config import Config
+from logprobs_server.engine import kernels
+from tiny_models import ARCHITECTURES
 
-__all__ = ["Completion", "collected", "given", "serving"]
+__all__ = ["BOTH_PATHS", "Completion", "collected", "given", "path_name", "serving", "skip_without_kernels"]
+
+
+BOTH_PATHS = [(name, False) for name in ARCHITECTURES] + [(name, True) for name in ARCHITECTURES if name != "opt"]
+"""Tiny architectures, and whether on the lean path; OPT is for transformers' own pass alone."""
+
+
+def path_name(param: tuple[str, bool]) -> str:
+    """How a test's id tells an architecture and its path."""
+    return f"{param[0]}-{'lean' if param[1] else 'general'}"
+
+
+def skip_without_kernels(lean: bool) -> None:
+    """Skips a test of the lean path where there is none."""
+    if lean and not kernels.load(parse([], dict(os.environ)).cache_dir / "kernels"):
+        pytest.skip("the kernels cannot be used on this machine")
 
 
 @dataclass(slots=True)

@@ -15,9 +15,9 @@ import pytest
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
 from oracle import TOLERANCE, Oracle
-from serving import Completion, collected, given, serving
+from serving import BOTH_PATHS, Completion, collected, given, path_name, serving, skip_without_kernels
 from texts import PROMPTS, TEXTS
-from tiny_models import ARCHITECTURES, save_tiny_model
+from tiny_models import save_tiny_model
 from tokenizers import Tokenizer
 
 CALLERS = 16
@@ -69,17 +69,22 @@ class Served:
         return [token.logprob for token in self.stub.Score(request).sequences[0].tokens]
 
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES, "embedded"])
+SEEDED = [("llama", True), ("bloom", True), ("opt", False), ("embedded", True)]
+
+
+@pytest.fixture(scope="module", params=[*BOTH_PATHS, ("embedded", True)], ids=path_name)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A tiny model of each architecture, and the embedded one."""
-    if request.param == "embedded":
+    """A tiny model of each architecture on each path, and the embedded one."""
+    name, lean = request.param
+    skip_without_kernels(lean)
+    if name == "embedded":
         folder, length, threads = request.getfixturevalue("embedded_folder"), 16, os.cpu_count()
     else:
-        folder, length, threads = tmp_path_factory.mktemp(request.param), 64, 1
-        save_tiny_model(request.param, folder)
+        folder, length, threads = tmp_path_factory.mktemp(name), 64, 1
+        save_tiny_model(name, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     prompts = [tokenizer.encode(text).ids for text in PROMPTS]
-    with serving(folder, threads=threads, max_sequences=24, max_step_tokens=64) as stub:
+    with serving(folder, kernels=lean, threads=threads, max_sequences=24, max_step_tokens=64) as stub:
         yield Served(stub, Oracle(folder), prompts, length)
 
 
@@ -110,7 +115,7 @@ def test_logprobs_of_generated_tokens_are_those_of_scoring_them(served: Served) 
         assert completion.finished.totals.logprob == pytest.approx(sum(scored), abs=TOLERANCE * served.length)
 
 
-@pytest.mark.parametrize("served", ["llama", "bloom", "embedded"], indirect=True)
+@pytest.mark.parametrize("served", SEEDED, indirect=True, ids=path_name)
 @pytest.mark.parametrize("cut", CUTS)
 def test_draws_of_one_request_are_those_of_single_requests_with_the_next_seeds(served: Served, cut: str) -> None:
     prompt, fields = served.prompts[1], _set_fields(CUTS[cut])

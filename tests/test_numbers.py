@@ -16,15 +16,14 @@ import pytest
 import torch
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
-from logprobs_server.__main__ import parse
-from logprobs_server.engine import decoder, kernels
+from logprobs_server.engine import decoder
 from logprobs_server.engine import model as engine_model
 from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.lean import ROTATION, SLOPES, WINDOW, LeanModel
 from oracle import TOLERANCE, Oracle, deviation
-from serving import given, serving
+from serving import BOTH_PATHS, given, path_name, serving, skip_without_kernels
 from texts import LONG_TEXT, TEXTS
-from tiny_models import ARCHITECTURES, save_tiny_model
+from tiny_models import save_tiny_model
 from tokenizers import Tokenizer
 from transformers import masking_utils
 from transformers.models.bloom import modeling_bloom
@@ -35,7 +34,6 @@ OPTIONS = pb.LogprobOptions(top_count=TOP_COUNT, token_ids=NAMED, entropy=True)
 STEP_TOKENS = 96
 """Few, so that most texts are computed in several chunks."""
 SPOILT_TOKENS = 300
-LEAN_FAMILIES = {"llama", "mistral", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "bloom"}
 NOTICEABLE = 100 * TOLERANCE
 
 
@@ -67,10 +65,7 @@ class Served:
         return ids[:count]
 
 
-BOTH_PATHS = [(name, lean) for name in ARCHITECTURES for lean in (False, True) if not lean or name in LEAN_FAMILIES]
-
-
-@pytest.fixture(scope="module", params=BOTH_PATHS, ids=lambda param: f"{param[0]}-{'lean' if param[1] else 'general'}")
+@pytest.fixture(scope="module", params=BOTH_PATHS, ids=path_name)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A tiny model of each architecture, on each path that can run it."""
     name, lean = request.param
@@ -86,8 +81,7 @@ def embedded(request: pytest.FixtureRequest, embedded_folder: Path) -> Iterator[
 
 
 def _served(name: str, lean: bool, folder: Path, **settings: Any) -> Iterator[Served]:
-    if lean and not kernels.load(parse([], dict(os.environ)).cache_dir / "kernels"):
-        pytest.skip("the kernels cannot be used on this machine")
+    skip_without_kernels(lean)
     with serving(folder, kernels=lean, **settings) as stub:
         yield Served(name, lean, stub, Oracle(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
 
