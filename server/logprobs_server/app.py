@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import torch
@@ -78,8 +79,11 @@ class RunningServer:
         Raises:
             StartError: the model cannot be served.
         """
-        loading = asyncio.get_running_loop().run_in_executor(None, load, self._config)
-        self._servicer.ready, self.engine = await loading
+        # The thread that loads must end before the engine's starts: as soon as two threads of a process have workers
+        # of OpenMP, all workers sleep sooner and wake later (measured: a decode step of 9.5 ms took 17.9).
+        with ThreadPoolExecutor(max_workers=1) as loader:
+            loading = asyncio.get_running_loop().run_in_executor(loader, load, self._config)
+            self._servicer.ready, self.engine = await loading
         self.engine.start()
         for name in ("", _SERVICE):
             await self._healths.set(name, health_pb2.HealthCheckResponse.SERVING)

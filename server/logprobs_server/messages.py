@@ -259,13 +259,23 @@ class GenerateMessages:
             yield pb.GenerateResponse(prompt_scored=pb.PromptScored(tokens=part, text_changed=text.text_changed))
 
     def _decoded(self, events: Sequence[CompletionDecoded]) -> Iterator[pb.GenerateResponse]:
-        deltas: dict[int, pb.CompletionDelta] = {}
-        for event in events:
-            delta = deltas.setdefault(event.index, pb.CompletionDelta(completion=event.index))
-            delta.text += event.text
-            delta.tokens.extend(self._builder.drawn_token(t, self._plan.job.logprobs.token_ids) for t in event.tokens)
-        for part in _parts(list(deltas.values()), self._builder.response_bytes):
-            yield pb.GenerateResponse(decoded=pb.TokensDecoded(deltas=part))
+        pieces = [piece for event in events for piece in self._pieces(event)]
+        for part in _parts(pieces, self._builder.response_bytes):
+            deltas: dict[int, pb.CompletionDelta] = {}
+            for piece in part:
+                if piece.completion in deltas:
+                    deltas[piece.completion].MergeFrom(piece)
+                else:
+                    deltas[piece.completion] = piece
+            yield pb.GenerateResponse(decoded=pb.TokensDecoded(deltas=deltas.values()))
+
+    def _pieces(self, event: CompletionDecoded) -> Iterator[pb.CompletionDelta]:
+        """What became certain as deltas of at most one token each; the last has the text."""
+        named = self._plan.job.logprobs.token_ids
+        tokens = [self._builder.drawn_token(token, named) for token in event.tokens]
+        for token in tokens[:-1]:
+            yield pb.CompletionDelta(completion=event.index, tokens=[token])
+        yield pb.CompletionDelta(completion=event.index, tokens=tokens[-1:], text=event.text)
 
     def _finish(self, event: CompletionFinished) -> pb.GenerateResponse:
         finished = pb.CompletionFinished(completion=event.index, reason=_REASONS[event.reason], totals=_totals(event))

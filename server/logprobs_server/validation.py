@@ -49,7 +49,10 @@ _MAX_STOP_BYTES = 1024
 _MAX_STOP_TOKENS = 64
 _TOKEN_OVERHEAD = 96
 _ALTERNATIVE_OVERHEAD = 20
-"""Upper bounds of the encoded size of a Token and an Alternative, in bytes, without their spellings."""
+_SEQUENCE_OVERHEAD = 64
+"""Upper bounds of the encoded size of a Token, an Alternative and a ScoredSequence, in bytes, without what they hold."""
+_ANSWER_OVERHEAD = 1024
+"""What an answer holds besides: model, usage, the lengths of its fields."""
 
 
 class _Rules:
@@ -148,15 +151,10 @@ class Validator:
             logprobs=options,
             next_token=request.next_token,
         )
-        positions = sum(len(text.token_ids) for text in texts) + (len(texts) if request.next_token else 0)
-        told = len(texts) if request.totals_only else positions
-        self._cost(rules, "logprobs", positions, options)
-        size = self._size_bound(told, options)
-        rules.check(
-            size <= self._limits.response_bytes,
-            "logprobs",
-            f"the answer could need {size:,} bytes; this server's limit is {self._limits.response_bytes:,}",
-        )
+        tokens, following = sum(len(text.token_ids) for text in texts), len(texts) if request.next_token else 0
+        self._cost(rules, "logprobs", tokens + following, options)
+        told = following if request.totals_only else tokens + following
+        self._size(rules, "logprobs", _SEQUENCE_OVERHEAD * len(texts) + self._size_bound(told, options))
         self._fits(rules, "context", job)
         rules.done()
         return ScorePlan(job=job, texts=tuple(texts), totals_only=request.totals_only)
@@ -217,12 +215,7 @@ class Validator:
         rules = self._start(request)
         text = self._input(rules, "input", request.input)
         rules.done()
-        size = self._size_bound(len(text.token_ids), LogprobOptions()) + text.byte_count
-        rules.check(
-            size <= self._limits.response_bytes,
-            "input",
-            f"the answer could need {size:,} bytes; this server's limit is {self._limits.response_bytes:,}",
-        )
+        self._size(rules, "input", self._size_bound(len(text.token_ids), LogprobOptions()) + text.byte_count)
         rules.done()
         return text
 
@@ -235,12 +228,8 @@ class Validator:
         rules = self._start(request)
         self._ids(rules, "token_ids", request.token_ids)
         rules.done()
-        size = 4 * sum(len(self._vocabulary.spelled(i)) for i in request.token_ids)
-        rules.check(
-            size <= self._limits.response_bytes,
-            "token_ids",
-            f"the answer could need {size:,} bytes; this server's limit is {self._limits.response_bytes:,}",
-        )
+        # Each byte comes as itself and as text, where a broken one takes three.
+        self._size(rules, "token_ids", 4 * sum(len(self._vocabulary.spelled(i)) for i in request.token_ids))
         rules.done()
         return tuple(request.token_ids)
 
@@ -419,8 +408,12 @@ class Validator:
             f"{positions} positions with {each} alternatives each are more than this server's {limit:,} alternatives",
         )
 
+    def _size(self, rules: _Rules, field: str, payload: int) -> None:
+        size, limit = _ANSWER_OVERHEAD + payload, self._limits.response_bytes
+        rules.check(size <= limit, field, f"the answer could need {size:,} bytes; this server's limit is {limit:,}")
+
     def _size_bound(self, tokens: int, options: LogprobOptions) -> int:
-        """Bytes that a message with this many tokens cannot pass."""
+        """Bytes that this many tokens cannot pass."""
         named = sum(len(self._vocabulary.spelled(i)) for i in options.token_ids)
         alternatives = options.top_count + len(options.token_ids)
         spelled = self._spelling_bound[1] + self._spelling_bound[min(options.top_count, len(self._spelling_bound) - 1)]

@@ -21,6 +21,7 @@ from fakes import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logprobs_server.engine.kv_cache import BLOCK_SIZE
 from logprobs_server.engine.types import (
     CompletionFinished,
     Continuation,
@@ -295,7 +296,8 @@ def test_an_engine_that_closes_fails_what_is_under_way_and_takes_no_more() -> No
 
 def test_a_job_larger_than_the_cache_is_unfit_and_one_that_fills_it_runs() -> None:
     with running_engine(FakeModel(num_blocks=5)) as engine:
-        assert engine.unfit(generate_job((1,), max_tokens=80)) is not None
-        job = generate_job((1,), max_tokens=47)
+        most = 3 * BLOCK_SIZE - 1  # one block is for the prompt's own sequence
+        assert engine.unfit(generate_job((1,), max_tokens=most + 1)) is not None
+        job = generate_job((1,), max_tokens=most)
         assert engine.unfit(job) is None
-        assert len(Listener(engine, job).token_ids()) == 47
+        assert len(Listener(engine, job).token_ids()) == most

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from logprobs_server.engine import kernels
 from logprobs_server.engine.logprobs import log_sum_exp, top_tokens
 from logprobs_server.engine.random import VocabularyNoise, row_key
 from logprobs_server.engine.types import SamplingOptions
@@ -85,6 +86,14 @@ def _greedy(logits: Tensor, draws: Sequence[Draw], noise: VocabularyNoise) -> li
 
 def _whole(logits: Tensor, draws: Sequence[Draw], noise: VocabularyNoise) -> list[DrawnToken]:
     """A race of the whole vocabulary."""
+    if kernels.in_use(logits):
+        rows = len(draws)
+        winners, sizes = torch.empty(2, rows, dtype=torch.int64)
+        logprobs = torch.empty(rows, dtype=torch.float64)
+        temperatures = torch.tensor([draw.options.temperature for draw in draws])
+        keys = torch.tensor(_keys(draws), dtype=torch.int32)
+        torch.ops.logprobs.race(logits.contiguous(), temperatures, keys, winners, logprobs, sizes)
+        return _drawn(winners, logprobs, sizes)
     scaled = _scaled(logits, draws)
     race = noise.log_exponentials(_keys(draws)).neg_().add_(scaled)
     winners = race.argmax(dim=-1, keepdim=True)

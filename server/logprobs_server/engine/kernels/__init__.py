@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["load"]
+__all__ = ["in_use", "load"]
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -54,6 +54,11 @@ def load(build_dir: Path) -> bool:
         _log.warning("kernels not used: %s", error)
         return False
     return True
+
+
+def in_use(tensor: torch.Tensor) -> bool:
+    """Whether the kernels are loaded and can take this tensor."""
+    return tensor.is_cpu and hasattr(torch.ops.logprobs, "decoder_layer")
 
 
 def _digest() -> str:

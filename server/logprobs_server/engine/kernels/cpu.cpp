@@ -12,6 +12,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -441,6 +442,229 @@ void final_norm(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     norm(data<float>(x), x.size(0), x.size(1), how, data<float>(out));
 }
 
+// ---- rows of logits
+
+// A row of logits is read in chunks of this many columns, each by one thread; what they give is put together in order.
+constexpr int64_t kChunk = 8192;
+
+struct Candidate {
+  float value;
+  int64_t id;
+  bool operator<(const Candidate& other) const { return value > other.value || (value == other.value && id < other.id); }
+};
+
+// Puts the `count` best of row[begin … end) into `best`, by value, then by lower id.
+void best_of_chunk(const float* row, int64_t begin, int64_t end, int64_t count, std::vector<Candidate>& best) {
+  best.clear();
+  float least = kMasked;
+  for (int64_t i = begin; i < end; i += Vec::size()) {
+    const int64_t n = std::min<int64_t>(Vec::size(), end - i);
+    if (static_cast<int64_t>(best.size()) == count) {
+      Vec top = Vec::loadu(row + i, n);
+      if (n < Vec::size()) top = Vec::set(Vec(kMasked), top, n);
+      if (!(at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, top) > least)) continue;
+    }
+    for (int64_t j = i; j < i + n; ++j) {
+      if (static_cast<int64_t>(best.size()) == count && !(row[j] > least)) continue;
+      const Candidate candidate{row[j], j};
+      best.insert(std::upper_bound(best.begin(), best.end(), candidate), candidate);
+      if (static_cast<int64_t>(best.size()) > count) best.pop_back();
+      least = best.back().value;
+    }
+  }
+}
+
+// Sums of exp(x - largest) over row[begin … end) in double, and of that times (x - largest).
+void sums_of_chunk(const float* row, int64_t begin, int64_t end, float largest, bool moments, double* total, double* moment) {
+  double first = 0.0;
+  alignas(64) float weights[Vec::size()];
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+  for (int64_t i = begin; i < end; i += Vec::size()) {
+    const int64_t n = std::min<int64_t>(Vec::size(), end - i);
+    Vec x = Vec::loadu(row + i, n);
+    if (n < Vec::size()) x = Vec::set(Vec(kMasked), x, n);
+    const Vec weight = (x - Vec(largest)).exp();
+    const __m512 plain = weight;
+    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(plain)));
+    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(plain, 1)));
+    if (moments) {
+      weight.store(weights);
+      for (int64_t j = 0; j < n; ++j)
+        if (weights[j] > 0) first += static_cast<double>(weights[j]) * (row[i + j] - largest);
+    }
+  }
+  *total = _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+  *moment = first;
+}
+
+template <class F>
+void each_chunk(int64_t rows, int64_t chunks, F f) {
+  at::parallel_for(0, rows * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i / chunks, i % chunks, i);
+  });
+}
+
+// What is told of each row of logits [rows, vocab]: floats [rows, 5] double: log-sum-exp, log of the mass outside the
+// top, entropy (if asked for), the chosen token's logit, 1 if the row holds a NaN or +inf or nothing else than -inf;
+// counts [rows, 2]: rank of the chosen token, id of the largest logit; top values and ids [rows, most], counts[r] of
+// them wanted. Logits are left as they were.
+void row_statistics(const Tensor& logits, const Tensor& chosen, const Tensor& wanted, const Tensor& entropies,
+                    const Tensor& floats, const Tensor& counts, const Tensor& values, const Tensor& ids) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1), most = values.size(1), stride = logits.stride(0);
+  const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+  float* all = data<float>(logits);
+  const int64_t* token = data<int64_t>(chosen);
+  const int64_t* tops = data<int64_t>(wanted);
+  const bool* moments = data<bool>(entropies);
+  double* out = data<double>(floats);
+  int64_t* numbers = data<int64_t>(counts);
+  std::vector<std::vector<Candidate>> best(rows * chunks);
+  std::vector<int64_t> greater(rows * chunks, 0);
+  std::vector<char> odd(rows * chunks, 0);
+  each_chunk(rows, chunks, [&](int64_t r, int64_t c, int64_t i) {
+    const float* row = all + r * stride;
+    const int64_t begin = c * kChunk, end = std::min(vocab, begin + kChunk);
+    const float limit = row[token[r]];
+    int64_t count = 0, strange = 0;
+    for (int64_t j = begin; j < end; ++j) {
+      count += row[j] > limit;
+      strange += !(row[j] <= std::numeric_limits<float>::max());
+    }
+    greater[i] = count;
+    odd[i] = strange > 0;
+    if (strange == 0) best_of_chunk(row, begin, end, std::max<int64_t>(1, tops[r]), best[i]);
+  });
+  std::vector<Candidate> merged;
+  std::vector<float> largest(rows, 0.0f);
+  for (int64_t r = 0; r < rows; ++r) {
+    merged.clear();
+    int64_t rank = 1;
+    bool bad = false;
+    for (int64_t i = r * chunks; i < (r + 1) * chunks; ++i) {
+      merged.insert(merged.end(), best[i].begin(), best[i].end());
+      rank += greater[i];
+      bad = bad || odd[i];
+    }
+    std::sort(merged.begin(), merged.end());
+    bad = bad || merged.empty() || merged[0].value == kMasked;
+    out[r * 5 + 4] = bad ? 1.0 : 0.0;
+    out[r * 5 + 3] = all[r * stride + token[r]];
+    numbers[r * 2] = rank;
+    numbers[r * 2 + 1] = bad ? 0 : merged[0].id;
+    if (bad) continue;
+    largest[r] = merged[0].value;
+    for (int64_t k = 0; k < tops[r]; ++k) {
+      data<float>(values)[r * most + k] = merged[k].value;
+      data<int64_t>(ids)[r * most + k] = merged[k].id;
+      all[r * stride + merged[k].id] = kMasked;  // so that the sums below are of what is outside the top
+    }
+  }
+  std::vector<double> totals(rows * chunks), firsts(rows * chunks);
+  each_chunk(rows, chunks, [&](int64_t r, int64_t c, int64_t i) {
+    const int64_t begin = c * kChunk, end = std::min(vocab, begin + kChunk);
+    if (out[r * 5 + 4] == 0.0) sums_of_chunk(all + r * stride, begin, end, largest[r], moments[r], &totals[i], &firsts[i]);
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    if (out[r * 5 + 4] != 0.0) continue;
+    double tail = 0.0, moment = 0.0, top = 0.0;
+    for (int64_t i = r * chunks; i < (r + 1) * chunks; ++i) {
+      tail += totals[i];
+      moment += firsts[i];
+    }
+    for (int64_t k = 0; k < tops[r]; ++k) {
+      const float value = data<float>(values)[r * most + k];
+      const double weight = std::exp(static_cast<double>(value - largest[r]));
+      top += weight;
+      if (weight > 0) moment += weight * (value - largest[r]);
+      all[r * stride + data<int64_t>(ids)[r * most + k]] = value;
+    }
+    const double total = top + tail;
+    out[r * 5] = largest[r] + std::log(total);
+    out[r * 5 + 1] = std::log(tail / total);
+    out[r * 5 + 2] = std::log(total) - moment / total;
+  }
+}
+
+// An Exponential(1) variable's logarithm for 16 tokens, as VocabularyNoise in random.py makes it.
+inline Vec log_exponentials(__m512i ids, int32_t first, int32_t second) {
+  __m512i bits = _mm512_add_epi32(_mm512_mullo_epi32(ids, _mm512_set1_epi32(static_cast<int32_t>(0x9E3779B1u))),
+                                  _mm512_set1_epi32(first));
+  bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 16));
+  bits = _mm512_mullo_epi32(bits, _mm512_set1_epi32(static_cast<int32_t>(0x85EBCA6Bu)));
+  bits = _mm512_xor_si512(bits, _mm512_set1_epi32(second));
+  bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 13));
+  bits = _mm512_mullo_epi32(bits, _mm512_set1_epi32(static_cast<int32_t>(0xC2B2AE35u)));
+  bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 16));
+  bits = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+  const Vec uniform = (Vec(_mm512_cvtepi32_ps(bits)) + Vec(0.5f)) * Vec(0x1p-31f);
+  return at::vec::minimum(uniform, Vec(1.0f - 0x1p-24f)).neg().log1p().neg().log();
+}
+
+// Draws one token of each row of logits [rows, vocab], none truncated, by an exponential race: winners [rows], their
+// logprobs under the scaled distribution [rows] double, and how many tokens could be drawn [rows].
+// temperatures [rows] float32, keys [rows, 2] int32.
+void race(const Tensor& logits, const Tensor& temperatures, const Tensor& keys, const Tensor& winners,
+          const Tensor& logprobs, const Tensor& sizes) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1), chunks = (vocab + kChunk - 1) / kChunk;
+  const float* all = data<float>(logits);
+  const float* temperature = data<float>(temperatures);
+  const int32_t* key = data<int32_t>(keys);
+  std::vector<float> peaks(rows * chunks);
+  each_chunk(rows, chunks, [&](int64_t r, int64_t c, int64_t i) {
+    const float* row = all + r * vocab;
+    peaks[i] = *std::max_element(row + c * kChunk, row + std::min(vocab, (c + 1) * kChunk));
+  });
+  struct Leg {
+    float best = kMasked;
+    int64_t id = 0, size = 0;
+    double total = 0.0;
+  };
+  std::vector<Leg> legs(rows * chunks);
+  each_chunk(rows, chunks, [&](int64_t r, int64_t c, int64_t i) {
+    const float* row = all + r * vocab;
+    const float largest = *std::max_element(&peaks[r * chunks], &peaks[0] + (r + 1) * chunks);
+    const int64_t begin = c * kChunk, end = std::min(vocab, begin + kChunk);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    alignas(64) float scores[Vec::size()];
+    Leg& leg = legs[i];
+    for (int64_t j = begin; j < end; j += Vec::size()) {
+      const int64_t n = std::min<int64_t>(Vec::size(), end - j);
+      Vec x = Vec::loadu(row + j, n);
+      if (n < Vec::size()) x = Vec::set(Vec(kMasked), x, n);
+      x = (x - Vec(largest)) / Vec(temperature[r]);
+      const __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(j)), lanes);
+      const Vec score = x - log_exponentials(ids, key[2 * r], key[2 * r + 1]);
+      const __m512 weight = x.exp();
+      leg.total += _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(weight)),
+                                                      _mm512_cvtps_pd(_mm512_extractf32x8_ps(weight, 1))));
+      leg.size += __builtin_popcount(_mm512_cmp_ps_mask(x, _mm512_set1_ps(kMasked), _CMP_GT_OQ));
+      if (_mm512_cmp_ps_mask(score, _mm512_set1_ps(leg.best), _CMP_GT_OQ) == 0) continue;
+      score.store(scores);
+      for (int64_t l = 0; l < n; ++l)
+        if (scores[l] > leg.best) {
+          leg.best = scores[l];
+          leg.id = j + l;
+        }
+    }
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    Leg whole;
+    for (int64_t i = r * chunks; i < (r + 1) * chunks; ++i) {
+      whole.total += legs[i].total;
+      whole.size += legs[i].size;
+      if (legs[i].best > whole.best) {
+        whole.best = legs[i].best;
+        whole.id = legs[i].id;
+      }
+    }
+    const float largest = *std::max_element(&peaks[r * chunks], &peaks[0] + (r + 1) * chunks);
+    const float scaled = (all[r * vocab + whole.id] - largest) / temperature[r];
+    data<int64_t>(winners)[r] = whole.id;
+    data<double>(logprobs)[r] = scaled - std::log(whole.total);
+    data<int64_t>(sizes)[r] = whole.size;
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY(logprobs, m) {
@@ -450,5 +674,13 @@ TORCH_LIBRARY(logprobs, m) {
       "float eps, float scale, Tensor(b!) keys, Tensor(c!) values) -> ()",
       decoder_layer);
   m.def("head(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()", head);
+  m.def(
+      "row_statistics(Tensor logits, Tensor chosen, Tensor wanted, Tensor entropies, Tensor(a!) floats, "
+      "Tensor(b!) counts, Tensor(c!) values, Tensor(d!) ids) -> ()",
+      row_statistics);
+  m.def(
+      "race(Tensor logits, Tensor temperatures, Tensor keys, Tensor(a!) winners, Tensor(b!) logprobs, Tensor(c!) sizes) "
+      "-> ()",
+      race);
   m.def("final_norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred, Tensor(a!) out) -> ()", final_norm);
 }
