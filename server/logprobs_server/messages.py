@@ -263,10 +263,10 @@ class GenerateMessages:
         for part in _parts(pieces, self._builder.response_bytes):
             deltas: dict[int, pb.CompletionDelta] = {}
             for piece in part:
-                if piece.completion in deltas:
-                    deltas[piece.completion].MergeFrom(piece)
-                else:
-                    deltas[piece.completion] = piece
+                delta = deltas.setdefault(piece.completion, piece)
+                if delta is not piece:
+                    delta.text += piece.text
+                    delta.tokens.MergeFrom(piece.tokens)
             yield pb.GenerateResponse(decoded=pb.TokensDecoded(deltas=deltas.values()))
 
     def _pieces(self, event: CompletionDecoded) -> Iterator[pb.CompletionDelta]:

@@ -50,7 +50,7 @@ _MAX_STOP_TOKENS = 64
 _TOKEN_OVERHEAD = 96
 _ALTERNATIVE_OVERHEAD = 20
 _SEQUENCE_OVERHEAD = 64
-"""Upper bounds of the encoded size of a Token, an Alternative and a ScoredSequence, in bytes, without what they hold."""
+"""Upper bounds of the encoded size, in bytes, of a Token, an Alternative, a ScoredSequence without what they hold."""
 _ANSWER_OVERHEAD = 1024
 """What an answer holds besides: model, usage, the lengths of its fields."""
 
