@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import add_LogprobsServiceServicer_to_server
@@ -20,6 +20,7 @@ from logprobs.v1.logprobs_pb2_grpc import add_LogprobsServiceServicer_to_server
 from logprobs_server.config import Config
 from logprobs_server.engine.engine import TorchEngine
 from logprobs_server.engine.model import LoadOptions, ModelNotServableError, load_model, load_tokenizer
+from logprobs_server.health import Health
 from logprobs_server.interceptor import CallInterceptor
 from logprobs_server.messages import MessageBuilder
 from logprobs_server.models.resolve import ModelNotUsableError, resolve_model
@@ -64,12 +65,10 @@ async def serve(config: Config) -> int:
 class RunningServer:
     """A server that listens; healthy once its model is loaded."""
 
-    def __init__(
-        self, config: Config, servicer: LogprobsServicer, healths: health.aio.HealthServicer, port: int
-    ) -> None:
+    def __init__(self, config: Config, servicer: LogprobsServicer, healths: Health, port: int) -> None:
         self._config = config
         self._servicer = servicer
-        self._healths = healths
+        self._health = healths
         self.port = port
         self.engine: TorchEngine | None = None
 
@@ -85,8 +84,7 @@ class RunningServer:
             loading = asyncio.get_running_loop().run_in_executor(loader, load, self._config)
             self._servicer.ready, self.engine = await loading
         self.engine.start()
-        for name in ("", _SERVICE):
-            await self._healths.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._health.serving()
         return self.engine.description.name
 
 
@@ -105,12 +103,10 @@ async def running_server(config: Config) -> AsyncIterator[RunningServer]:
             ("grpc.max_send_message_length", config.max_response_bytes),
         ],
     )
-    servicer, healths = LogprobsServicer(), health.aio.HealthServicer()
+    servicer, healths = LogprobsServicer(), Health(_SERVICE)
     add_LogprobsServiceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    for name in ("", _SERVICE):
-        await healths.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     try:
         port = server.add_insecure_port(f"{config.host}:{config.port}")
     except RuntimeError as error:
@@ -120,7 +116,7 @@ async def running_server(config: Config) -> AsyncIterator[RunningServer]:
     try:
         yield running
     finally:
-        await healths.enter_graceful_shutdown()
+        healths.close()
         await server.stop(config.grace_s)
         if running.engine is not None:
             await asyncio.to_thread(running.engine.close)

@@ -6,6 +6,7 @@ Reaches the service over a real socket with the generated stubs, and shares no c
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
+from logprobs_server.__main__ import parse
 from logprobs_server.app import RunningServer, running_server
 from logprobs_server.config import Config
 from logprobs_server.engine.engine import TorchEngine
@@ -83,7 +85,14 @@ class Served:
 def running(folder: Path, *, loaded: bool = True, **settings: Any) -> Iterator[Served]:
     """Serves the model in `folder` on a free port, on a thread and an event loop of its own; stops on leaving."""
     settings = {"threads": 1, "kv_cache_mib": 64, "max_sequences": 16, **settings}
-    config = Config(cache_dir=folder, model=str(folder), port=0, dtype="float32", device="cpu", **settings)
+    config = Config(
+        cache_dir=parse([], dict(os.environ)).cache_dir,
+        model=str(folder),
+        port=0,
+        dtype="float32",
+        device="cpu",
+        **settings,
+    )
     started: Future[Served] = Future()
     thread = threading.Thread(target=lambda: asyncio.run(_serve(config, loaded, started)), name="server")
     thread.start()

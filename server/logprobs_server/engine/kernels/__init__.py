@@ -10,13 +10,14 @@ import logging
 import os
 import subprocess
 import tempfile
-from functools import cache
+import threading
 from pathlib import Path
 
 import torch
 
 __all__ = ["in_use", "load"]
 
+_loading = threading.Lock()
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _COMPILER = "c++"
@@ -32,13 +33,28 @@ _FLAGS = (
 )
 
 
-@cache
 def load(build_dir: Path) -> bool:
     """Makes the kernels callable as torch.ops.logprobs, building them in `build_dir` the first time (10 to 25 s).
+
+    A process loads them once, wherever they were built.
 
     Returns:
         False where there is no AVX-512 processor, no compiler, or the build fails; the log says which.
     """
+    with _loading:
+        return _loaded() or _load(build_dir)
+
+
+def in_use(tensor: torch.Tensor) -> bool:
+    """Whether the kernels are loaded and can take this tensor."""
+    return tensor.is_cpu and _loaded()
+
+
+def _loaded() -> bool:
+    return hasattr(torch.ops.logprobs, "decoder_layer")
+
+
+def _load(build_dir: Path) -> bool:
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         _log.info("kernels not used: this processor has no AVX-512")
         return False
@@ -54,11 +70,6 @@ def load(build_dir: Path) -> bool:
         _log.warning("kernels not used: %s", error)
         return False
     return True
-
-
-def in_use(tensor: torch.Tensor) -> bool:
-    """Whether the kernels are loaded and can take this tensor."""
-    return tensor.is_cpu and hasattr(torch.ops.logprobs, "decoder_layer")
 
 
 def _digest() -> str:
