@@ -65,10 +65,10 @@ async def serve(config: Config) -> int:
 class RunningServer:
     """A server that listens; healthy once its model is loaded."""
 
-    def __init__(self, config: Config, servicer: LogprobsServicer, healths: Health, port: int) -> None:
+    def __init__(self, config: Config, servicer: LogprobsServicer, health_servicer: Health, port: int) -> None:
         self._config = config
         self._servicer = servicer
-        self._health = healths
+        self._health = health_servicer
         self.port = port
         self.engine: TorchEngine | None = None
 
@@ -103,20 +103,20 @@ async def running_server(config: Config) -> AsyncIterator[RunningServer]:
             ("grpc.max_send_message_length", config.max_response_bytes),
         ],
     )
-    servicer, healths = LogprobsServicer(), Health(_SERVICE)
+    servicer, health_servicer = LogprobsServicer(), Health(_SERVICE)
     add_LogprobsServiceServicer_to_server(servicer, server)
-    health_pb2_grpc.add_HealthServicer_to_server(healths, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
         port = server.add_insecure_port(f"{config.host}:{config.port}")
     except RuntimeError as error:
         raise StartError(f"cannot listen on {config.host}:{config.port}") from error
     await server.start()
-    running = RunningServer(config, servicer, healths, port)
+    running = RunningServer(config, servicer, health_servicer, port)
     try:
         yield running
     finally:
-        healths.close()
+        health_servicer.close()
         await server.stop(config.grace_s)
         if running.engine is not None:
             await asyncio.to_thread(running.engine.close)
