@@ -148,8 +148,10 @@ def load(config: Config) -> tuple[Ready, TorchEngine]:
         )
         tokenizer = load_tokenizer(path, source.name)
         vocabulary = Vocabulary(tokenizer.tokenizer, size=model.description.vocabulary_size)
-    except (ModelNotUsableError, ModelNotServableError, UnsupportedTokenizerError) as error:
+    except (ModelNotUsableError, ModelNotServableError) as error:
         raise StartError(str(error)) from error
+    except UnsupportedTokenizerError as error:
+        raise StartError(f"{source.name}: {error}") from error
     engine = TorchEngine(
         model,
         vocabulary,
