@@ -15,7 +15,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -175,6 +177,35 @@ void activate(const float* x, int64_t rows, int64_t size, int64_t kind, bool gat
 
 // ---- attention
 
+// Memory for one call, kept for the next: fresh pages cost more than what is computed in them.
+class Arena {
+ public:
+  // Everything taken before is given up; there is room for `count` floats, each piece rounded up to 64 bytes.
+  Arena& restart(int64_t count) {
+    if (count + kSlack > capacity_) {
+      capacity_ = count + kSlack;
+      floats_.reset(static_cast<float*>(std::aligned_alloc(64, (capacity_ * sizeof(float) + 63) / 64 * 64)));
+    }
+    used_ = 0;
+    return *this;
+  }
+
+  template <class T>
+  T* take(int64_t count) {
+    float* piece = floats_.get() + used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 16;
+    return reinterpret_cast<T*>(piece);
+  }
+
+ private:
+  static constexpr int64_t kSlack = 1024;
+  struct Free {
+    void operator()(float* floats) const { std::free(floats); }
+  };
+  std::unique_ptr<float, Free> floats_;
+  int64_t capacity_ = 0, used_ = 0;
+};
+
 // What the rows of a step are: row r stands at positions[r]; chunk c is rows first[c] … first[c + 1] - 1 of one
 // sequence, whose blocks are tables[c].
 struct Step {
@@ -246,11 +277,75 @@ void remember(float* qkv, const Step& step, const Heads& heads, const Norm& quer
   });
 }
 
-// A block of keys or values as float32.
-inline const float* plain(const float* from, int64_t, float*) { return from; }
-inline const float* plain(const BFloat16* from, int64_t count, float* room) {
-  at::vec::convert(from, room, count);
-  return room;
+inline __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+inline __m512 load(const BFloat16* from, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+constexpr __mmask16 kAll = 0xFFFF;
+constexpr int64_t kLines = 4;  // queries that a read of keys or values serves
+
+// scores[L][kBlock] = queries[L][size] · keys[size][kBlock], each sum from the first dimension to the last.
+template <int L, class T>
+void score_block(const float* queries, const T* keys, int64_t size, float* scores) {
+  __m512 sums[L][2];
+  for (int l = 0; l < L; ++l) sums[l][0] = sums[l][1] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < size; ++i) {
+    const __m512 left = load(keys + i * kBlock, kAll), right = load(keys + i * kBlock + 16, kAll);
+    for (int l = 0; l < L; ++l) {
+      const __m512 query = _mm512_set1_ps(queries[l * size + i]);
+      sums[l][0] = _mm512_fmadd_ps(query, left, sums[l][0]);
+      sums[l][1] = _mm512_fmadd_ps(query, right, sums[l][1]);
+    }
+  }
+  for (int l = 0; l < L; ++l) {
+    _mm512_storeu_ps(scores + l * kBlock, sums[l][0]);
+    _mm512_storeu_ps(scores + l * kBlock + 16, sums[l][1]);
+  }
+}
+
+// sums[L][size] += weights[L][kBlock] · values[kBlock][size], a block's sum from its first key to its last.
+template <int L, class T>
+void mix_block(const float* weights, const T* values, int64_t size, float* sums) {
+  for (int64_t i = 0; i < size; i += 32) {
+    const auto mask = [&](int64_t from) {
+      const int64_t left = std::min<int64_t>(16, std::max<int64_t>(0, size - from));
+      return static_cast<__mmask16>((1u << left) - 1);
+    };
+    const __mmask16 first = mask(i), second = mask(i + 16);
+    __m512 mixed[L][2];
+    for (int l = 0; l < L; ++l) mixed[l][0] = mixed[l][1] = _mm512_setzero_ps();
+    for (int64_t j = 0; j < kBlock; ++j) {
+      const __m512 left = load(values + j * size + i, first), right = load(values + j * size + i + 16, second);
+      for (int l = 0; l < L; ++l) {
+        const __m512 weight = _mm512_set1_ps(weights[l * kBlock + j]);
+        mixed[l][0] = _mm512_fmadd_ps(weight, left, mixed[l][0]);
+        mixed[l][1] = _mm512_fmadd_ps(weight, right, mixed[l][1]);
+      }
+    }
+    for (int l = 0; l < L; ++l) {
+      float* to = sums + l * size + i;
+      _mm512_mask_storeu_ps(to, first, _mm512_add_ps(_mm512_maskz_loadu_ps(first, to), mixed[l][0]));
+      _mm512_mask_storeu_ps(to + 16, second, _mm512_add_ps(_mm512_maskz_loadu_ps(second, to + 16), mixed[l][1]));
+    }
+  }
+}
+
+// f<L>(line) for groups of at most kLines lines.
+template <class F>
+void each_group(int64_t lines, F f) {
+  int64_t line = 0;
+  for (; line + kLines <= lines; line += kLines) f(std::integral_constant<int, kLines>{}, line);
+  switch (lines - line) {
+    case 3: f(std::integral_constant<int, 3>{}, line); break;
+    case 2: f(std::integral_constant<int, 2>{}, line); break;
+    case 1: f(std::integral_constant<int, 1>{}, line); break;
+  }
+}
+
+// Calls for memory before it is read: a block is a few pages, and the processor's own prefetching ends with a page.
+inline void call_for(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T0);
 }
 
 struct Look {
@@ -267,10 +362,8 @@ void attend_tile(const float* qkv, const Step& step, int64_t chunk, int64_t row,
   float* queries = room;                     // [lines][size]
   float* sums = queries + lines * size;      // [lines][size]
   float* scores = sums + lines * size;       // [lines][kBlock]
-  float* key_room = scores + lines * kBlock;  // [size][kBlock]
-  float* value_room = key_room + plane;       // [kBlock][size]
-  float* largest = value_room + plane;        // [lines]
-  float* totals = largest + lines;            // [lines]
+  float* largest = scores + lines * kBlock;  // [lines]
+  float* totals = largest + lines;           // [lines]
   for (int64_t l = 0; l < lines; ++l) {
     const float* query = qkv + (row + l / group) * heads.width() + (head * group + l % group) * size;
     for (int64_t i = 0; i < size; ++i) queries[l * size + i] = query[i] * look.scale;
@@ -282,8 +375,14 @@ void attend_tile(const float* qkv, const Step& step, int64_t chunk, int64_t row,
   const int64_t start = look.window > 0 ? std::max<int64_t>(0, first - look.window + 1) / kBlock : 0;
   for (int64_t b = start; b <= last / kBlock; ++b) {
     const int64_t offset = (step.block(chunk, b * kBlock) * heads.key + head) * plane;
-    at::native::cpublas::brgemm(lines, kBlock, size, size, kBlock, kBlock, false, queries,
-                                plain(keys + offset, plane, key_room), scores, false);
+    if (b < last / kBlock) {
+      const int64_t next = (step.block(chunk, (b + 1) * kBlock) * heads.key + head) * plane;
+      call_for(keys + next, plane * sizeof(T));
+      call_for(values + next, plane * sizeof(T));
+    }
+    each_group(lines, [&](auto count, int64_t l) {
+      score_block<count.value>(queries + l * size, keys + offset, size, scores + l * kBlock);
+    });
     for (int64_t l = 0; l < lines; ++l) {
       float* line = scores + l * kBlock;
       const int64_t position = first + l / group;
@@ -315,8 +414,9 @@ void attend_tile(const float* qkv, const Step& step, int64_t chunk, int64_t row,
       }
       totals[l] += sum(total);
     }
-    at::native::cpublas::brgemm(lines, size, kBlock, kBlock, size, size, true, scores,
-                                plain(values + offset, plane, value_room), sums, false);
+    each_group(lines, [&](auto count, int64_t l) {
+      mix_block<count.value>(scores + l * kBlock, values + offset, size, sums + l * size);
+    });
   }
   for (int64_t l = 0; l < lines; ++l) {
     T* to = out + ((row + l / group) * heads.query + head * group + l % group) * size;
@@ -339,14 +439,14 @@ void attend(const float* qkv, const Step& step, const Heads& heads, const Look& 
         tiles.push_back({c, row, std::min(kTile, step.first[c + 1] - row), head});
   std::atomic<size_t> next{0};
   const int64_t lines = kTile * heads.group();
-  const int64_t room = lines * (2 * heads.size + kBlock + 2) + 2 * heads.size * kBlock;
+  const int64_t room = lines * (2 * heads.size + kBlock + 2);
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    std::vector<float> scratch(room);
+    static thread_local Arena arena;
+    float* scratch = arena.restart(room).take<float>(room);
     for (size_t i = next++; i < tiles.size(); i = next++) {
       const Tile& t = tiles[i];
-      attend_tile(qkv, step, t.chunk, t.row, t.count, t.head, heads, look, keys, values, out, scratch.data());
+      attend_tile(qkv, step, t.chunk, t.row, t.count, t.head, heads, look, keys, values, out, scratch);
     }
-    at::native::cpublas::brgemm_release(false);
   });
 }
 
@@ -380,32 +480,38 @@ void layer(float* residual, int64_t hidden, const Step& step, at::ArrayRef<std::
     product(x, rows, width, *parts[weight], optional(parts[bias]), outputs, out, add);
   };
 
-  std::vector<T> normed(rows * hidden), mlp_normed(parallel ? rows * hidden : 0);
-  std::vector<T> mixed(rows * heads.query * heads.size), active(rows * inner);
-  std::vector<float> qkv(rows * heads.width()), raised(rows * inner * (gated ? 2 : 1));
-  std::vector<float> after(parts[kAfterAttention] || parts[kAfterMlp] ? rows * hidden : 0);
+  const int64_t wide = inner * (gated ? 2 : 1), mixed_width = heads.query * heads.size;
+  static thread_local Arena arena;
+  arena.restart(rows * (3 * hidden + mixed_width + inner + heads.width() + wide));
+  T* normed = arena.take<T>(rows * hidden);
+  T* mlp_normed = arena.take<T>(rows * hidden);
+  T* mixed = arena.take<T>(rows * mixed_width);
+  T* active = arena.take<T>(rows * inner);
+  float* qkv = arena.take<float>(rows * heads.width());
+  float* raised = arena.take<float>(rows * wide);
+  float* after = arena.take<float>(rows * hidden);
 
-  norm(residual, rows, hidden, at_norm(kInputNorm, kInputNormBias), normed.data());
-  if (parallel) norm(residual, rows, hidden, at_norm(kMlpNorm, kMlpNormBias), mlp_normed.data());
+  norm(residual, rows, hidden, at_norm(kInputNorm, kInputNormBias), normed);
+  if (parallel) norm(residual, rows, hidden, at_norm(kMlpNorm, kMlpNormBias), mlp_normed);
 
-  times(normed.data(), hidden, kQkv, kQkvBias, heads.width(), qkv.data(), false);
-  remember(qkv.data(), step, heads, head_norm(kQueryNorm), head_norm(kKeyNorm), optional(parts[kRotation]), rotary, keys,
+  times(normed, hidden, kQkv, kQkvBias, heads.width(), qkv, false);
+  remember(qkv, step, heads, head_norm(kQueryNorm), head_norm(kKeyNorm), optional(parts[kRotation]), rotary, keys,
            values);
-  attend(qkv.data(), step, heads, Look{numbers[kWindow], optional(parts[kSlopes]), scale}, keys, values, mixed.data());
+  attend(qkv, step, heads, Look{numbers[kWindow], optional(parts[kSlopes]), scale}, keys, values, mixed);
   const auto add_to_residual = [&](const T* x, int64_t width, Part weight, Part bias, Part norm_after) {
     if (parts[norm_after]) {
-      times(x, width, weight, bias, hidden, after.data(), false);
-      norm(after.data(), rows, hidden, at_norm(norm_after, kParts), residual, true);
+      times(x, width, weight, bias, hidden, after, false);
+      norm(after, rows, hidden, at_norm(norm_after, kParts), residual, true);
     } else {
       times(x, width, weight, bias, hidden, residual, true);
     }
   };
-  add_to_residual(mixed.data(), heads.query * heads.size, kOut, kOutBias, kAfterAttention);
+  add_to_residual(mixed, mixed_width, kOut, kOutBias, kAfterAttention);
 
-  if (!parallel) norm(residual, rows, hidden, at_norm(kMlpNorm, kMlpNormBias), normed.data());
-  times(parallel ? mlp_normed.data() : normed.data(), hidden, kUp, kUpBias, inner * (gated ? 2 : 1), raised.data(), false);
-  activate(raised.data(), rows, inner, numbers[kActivation], gated, active.data());
-  add_to_residual(active.data(), inner, kDown, kDownBias, kAfterMlp);
+  if (!parallel) norm(residual, rows, hidden, at_norm(kMlpNorm, kMlpNormBias), normed);
+  times(parallel ? mlp_normed : normed, hidden, kUp, kUpBias, wide, raised, false);
+  activate(raised, rows, inner, numbers[kActivation], gated, active);
+  add_to_residual(active, inner, kDown, kDownBias, kAfterMlp);
 }
 
 // One layer, in place on residual [rows, hidden] float32. keys and values: the layer's part of the cache.
