@@ -18,7 +18,7 @@ country cut day door down each early earth end even every eye face family far fa
 find fire first follow food for form found four from full gave get give go good great ground group
 grow hand hard has have head hear help here high hold home horse hour house idea if in interest into
 just keep kind king knew land large last late learn leave left
-""".split()
+""".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True, slots=True)
