@@ -28,5 +28,5 @@ def tiny(tiny_folder: Path) -> Iterator[Served]:
 @pytest.fixture(scope="session")
 def embedded(embedded_folder: Path) -> Iterator[Served]:
     """The embedded default model."""
-    with running(embedded_folder, threads=2, kv_cache_mib=256) as served:
+    with running(embedded_folder, threads=2, kv_cache_mib=256, context_length=1024) as served:
         yield served

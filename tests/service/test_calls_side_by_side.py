@@ -11,6 +11,7 @@ import grpc
 import pytest
 from harness import Served, Stream, ids, running, text, wait_until
 from logprobs.v1 import logprobs_pb2 as pb
+from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
 
 LENGTH = 1500
 LIMIT = 65_536
@@ -69,12 +70,7 @@ def unread_stream(served: Served) -> None:
 def disconnected_stream(served: Served) -> None:
     """A stream whose reader is gone."""
     with grpc.insecure_channel(served.target) as channel:
-        method = channel.unary_stream(
-            "/logprobs.v1.LogprobsService/Generate",
-            request_serializer=pb.GenerateRequest.SerializeToString,
-            response_deserializer=pb.GenerateResponse.FromString,
-        )
-        call = method(generation(1, completion_count=8))
+        call = LogprobsServiceStub(channel).Generate(generation(1, completion_count=8))
         assert next(call).HasField("started")
         assert is_busy(served)
 
@@ -134,11 +130,15 @@ def test_calls_that_are_given_up_leave_the_others_as_they_are(served: Served) ->
 @pytest.fixture(scope="module")
 def slow(served: Served) -> tuple[Stream, Stream]:
     """A stream of some megabytes that was not read before the server had all of it; and another, read meanwhile."""
-    call = served.stub.Generate(generation(5, logprobs=pb.LogprobOptions(top_count=TOP, token_ids=range(TOP))))
-    first = next(call)
-    other = served.generate(generation(6, length=20))
-    served.wait_until_idle()  # nothing is computed any more, and little is read
-    return Stream([first, *call]), other
+    # What gRPC takes off the wire ahead of its reader stays at 64 KiB.
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", LIMIT)]
+    with grpc.insecure_channel(served.target, options) as channel:
+        request = generation(5, logprobs=pb.LogprobOptions(top_count=TOP, token_ids=range(TOP)))
+        call = LogprobsServiceStub(channel).Generate(request)
+        first = next(call)
+        other = served.generate(generation(6, length=20))
+        served.wait_until_idle()  # nothing is computed any more, and little is read
+        return Stream([first, *call]), other
 
 
 def test_a_stream_that_is_not_read_stalls_no_other(slow: tuple[Stream, Stream]) -> None:
