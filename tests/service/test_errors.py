@@ -44,8 +44,9 @@ def test_score_stream_is_not_implemented(tiny: Served) -> None:
 
 
 def test_a_method_that_does_not_exist_is_not_implemented(tiny: Served) -> None:
+    call: Any = tiny.channel.unary_unary(f"/{SERVICE}/Predict")
     with pytest.raises(grpc.RpcError) as caught:
-        tiny.channel.unary_unary(f"/{SERVICE}/Predict")(b"")
+        call(b"")
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -154,5 +155,5 @@ def test_a_bad_request_id_is_replaced(bad: str, tiny: Served) -> None:
 
 
 def test_errors_tell_the_request_id_too(tiny: Served) -> None:
-    refused = refusal(lambda: tiny.stub.Score(INVALID, metadata=[(REQUEST_ID, "mine-2")]))
+    refused = refusal(lambda: tiny.stub.Score(INVALID, metadata=((REQUEST_ID, "mine-2"),)))
     assert refused.info.metadata["request_id"] == "mine-2"

@@ -128,7 +128,12 @@ def test_a_scored_prompt_travels_in_as_many_messages_as_needed(small: Served) ->
 
 
 def test_tokens_that_a_stop_string_held_back_travel_in_as_many_messages_as_needed(small: Served) -> None:
-    fields = {"max_tokens": 300, "logprobs": options(top_count=100), "sampling": GREEDY, "prompt": text("ab")}
+    fields: dict[str, Any] = {
+        "max_tokens": 300,
+        "logprobs": options(top_count=100),
+        "sampling": GREEDY,
+        "prompt": text("ab"),
+    }
     plain = small.generate(pb.GenerateRequest(**fields))
     held = plain.text()[:200]
     stopping = pb.Stopping(strings=[held + "\x00"])  # is looked for until it cannot come any more

@@ -53,7 +53,7 @@ def stopped(**fields: Any) -> pb.GenerateRequest:
     return generate(stopping=pb.Stopping(**fields))
 
 
-def ranked(criterion: pb.RankingCriterion, **fields: Any) -> pb.GenerateRequest:
+def ranked(criterion: pb.RankingCriterion.ValueType, **fields: Any) -> pb.GenerateRequest:
     return generate(ranking=pb.Ranking(criterion=criterion, **fields))
 
 

@@ -37,9 +37,10 @@ def _varint(value: int) -> bytes:
 def sent(served: Served, method: str, data: bytes) -> Refusal:
     """The refusal of a request that is given as bytes."""
     path = f"/{SERVICE}/{method}"
+    channel: Any = served.channel
     if method in STREAMS:
-        return refusal(lambda: list(served.channel.unary_stream(path)(data)))
-    return refusal(lambda: served.channel.unary_unary(path)(data))
+        return refusal(lambda: list(channel.unary_stream(path)(data)))
+    return refusal(lambda: channel.unary_unary(path)(data))
 
 
 NEW = number(UNKNOWN, 1)
