@@ -72,6 +72,7 @@ class TorchEngine:
         self._noise = VocabularyNoise(description.vocabulary_size, model.device)
         self._slice_rows = max(1, _SLICE_ELEMENTS // description.vocabulary_size)
         self._states: dict[Ticket, JobState] = {}
+        self._arriving: set[Ticket] = set()  # submitted, and not seen by the engine's thread yet
         self._commands: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -110,10 +111,11 @@ class TorchEngine:
         """
         if self._closing:
             raise EngineUnavailableError("the server is shutting down", reason="SHUTTING_DOWN", retry_after_s=None)
-        if self._scheduler.num_waiting + self._commands.qsize() >= self._max_queue:
+        if self._scheduler.num_waiting + len(self._arriving) >= self._max_queue:
             message = f"the queue is full: {self._max_queue} requests wait"
             raise EngineUnavailableError(message, reason="QUEUE_FULL", retry_after_s=1.0)
         ticket = Ticket(job, sink)
+        self._arriving.add(ticket)
         self._commands.put(("submit", ticket))
         return ticket
 
@@ -148,6 +150,7 @@ class TorchEngine:
             if command == "submit":
                 state = self._states[ticket] = JobState(ticket)
                 self._scheduler.add(state)
+                self._arriving.discard(ticket)
             elif ticket in self._states:
                 self._scheduler.remove(self._states.pop(ticket))
         return True
