@@ -244,7 +244,7 @@ def _lean_model(model: Any, description: ModelDescription, options: LoadOptions)
     if options.kernels_dir is None or model.device.type != "cpu" or model.dtype == torch.float16:
         return None
     architecture = architecture_of(model, description.context_length)
-    if architecture is None or not kernels.load(options.kernels_dir):
+    if architecture is None or not kernels.load(options.kernels_dir) or not kernels.supports(model.dtype):
         return None
     kept = (architecture.key_heads, architecture.head_size)
     shapes = [(kept, kept) for _ in architecture.layers]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["in_use", "load"]
+__all__ = ["in_use", "load", "supports"]
 
 _loading = threading.Lock()
 _log = logging.getLogger(__name__)
@@ -43,6 +43,17 @@ def load(build_dir: Path) -> bool:
     """
     with _loading:
         return _loaded() or _load(build_dir)
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether this processor has the products of loaded kernels for this type: bfloat16 needs more than AVX-512."""
+    weight = torch.ones(32, 32, dtype=dtype)
+    try:
+        torch.ops.logprobs.head(weight, torch.ops.logprobs.pack(weight), None, torch.empty(32, 32))
+    except RuntimeError as error:
+        _log.info("kernels not used for %s: %s", dtype, str(error).partition("\n")[0])
+        return False
+    return True
 
 
 def in_use(tensor: torch.Tensor) -> bool:
