@@ -20,9 +20,9 @@ from logprobs_server.engine.types import (
     PositionLogprobs,
     PromptScored,
 )
+from logprobs_server.options import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING
 from logprobs_server.requests import GeneratePlan, GivenText, Limits, ScorePlan
 from logprobs_server.text.vocabulary import Vocabulary
-from logprobs_server.validation import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING
 
 __all__ = ["GenerateMessages", "MessageBuilder", "ScoreMessages"]
 

@@ -1,0 +1,126 @@
+"""From the options of a request to typed values, or to the rules they break. The defaults are here, and only here."""
+
+from __future__ import annotations
+
+import math
+import secrets
+
+from logprobs.v1 import logprobs_pb2 as pb
+
+from logprobs_server.engine.types import LogprobOptions, ModelDescription, SamplingOptions, StoppingOptions
+from logprobs_server.errors import shown
+from logprobs_server.requests import Limits, RankingCriterion, RankingPlan
+from logprobs_server.rules import Rules, check_ids
+
+__all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_SAMPLING", "OptionReader"]
+
+DEFAULT_MAX_TOKENS = 256
+DEFAULT_SAMPLING = pb.Sampling(
+    temperature=1,
+    top_k=0,
+    top_p=1,
+    min_p=0,
+    typical_p=1,
+    repetition_penalty=1,
+    presence_penalty=0,
+    frequency_penalty=0,
+)
+_MAX_SEED = 2**53 - 1
+_MAX_STOP_BYTES = 1024
+_MAX_STOP_TOKENS = 64
+
+
+class OptionReader:
+    """Knows the model and the limits, and turns options into typed values."""
+
+    def __init__(self, model: ModelDescription, limits: Limits) -> None:
+        self._model = model
+        self._limits = limits
+
+    def logprobs(self, rules: Rules, field: str, options: pb.LogprobOptions) -> LogprobOptions:
+        """What is told of positions."""
+        limit = self._limits.top_count
+        top = options.top_count
+        rules.check(0 <= top <= limit, f"{field}.top_count", f"{top} is outside [0, {limit}]")
+        vocabulary = self._model.vocabulary_size
+        rules.check(top <= vocabulary, f"{field}.top_count", f"{top} is above the vocabulary's size, {vocabulary}")
+        named = len(options.token_ids)
+        rules.check(named <= limit, f"{field}.token_ids", f"{named} are more than this server's {limit}")
+        check_ids(rules, f"{field}.token_ids", options.token_ids, self._model.vocabulary_size)
+        return LogprobOptions(top_count=top, token_ids=tuple(options.token_ids), entropy=options.entropy)
+
+    def sampling(self, rules: Rules, given: pb.Sampling, count: int) -> SamplingOptions:
+        """How `count` completions are drawn; the seed too if the request gives none."""
+
+        def value(name: str) -> float:
+            return getattr(given if given.HasField(name) else DEFAULT_SAMPLING, name)  # type: ignore[no-any-return, arg-type]
+
+        temperature, top_k, top_p, min_p = (
+            value("temperature"),
+            int(value("top_k")),
+            value("top_p"),
+            value("min_p"),
+        )
+        rules.check(
+            math.isfinite(temperature) and temperature >= 0,
+            "sampling.temperature",
+            f"{temperature:g} is no finite number of at least 0",
+        )
+        rules.check(top_k >= 0, "sampling.top_k", f"{top_k} is below 0")
+        rules.check(0 < top_p <= 1, "sampling.top_p", f"{top_p:g} is outside (0, 1]")
+        rules.check(0 <= min_p <= 1, "sampling.min_p", f"{min_p:g} is outside [0, 1]")
+        for name in ("typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            rules.unsupported(value(name) != getattr(DEFAULT_SAMPLING, name), f"sampling.{name}")
+        rules.unsupported(bool(given.logit_bias), "sampling.logit_bias")
+        seed = given.seed if given.HasField("seed") else secrets.randbelow(2**32)
+        last = _MAX_SEED - max(count, 1) + 1
+        rules.check(0 <= seed <= last, "sampling.seed", f"{seed} is outside [0, {last}]")
+        return SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+
+    def stopping(self, rules: Rules, given: pb.Stopping, max_tokens: int) -> StoppingOptions:
+        """What ends completions."""
+        limit = self._limits.stop_strings
+        strings = tuple(given.strings)
+        rules.check(len(strings) <= limit, "stopping.strings", f"{len(strings)} are more than this server's {limit}")
+        for i, string in enumerate(strings[:limit]):
+            size = len(string.encode())
+            rules.check(
+                1 <= size <= _MAX_STOP_BYTES,
+                f"stopping.strings[{i}]",
+                f"{shown(string)} has {size} bytes, outside [1, {_MAX_STOP_BYTES}]",
+            )
+        tokens = len(given.token_ids)
+        rules.check(tokens <= _MAX_STOP_TOKENS, "stopping.token_ids", f"{tokens} are more than {_MAX_STOP_TOKENS}")
+        check_ids(rules, "stopping.token_ids", given.token_ids, self._model.vocabulary_size)
+        least = given.min_tokens
+        rules.check(
+            0 <= least <= max(max_tokens, 0),
+            "stopping.min_tokens",
+            f"{least} is outside [0, max_tokens = {max_tokens}]",
+        )
+        rules.unsupported(given.HasField("time_limit"), "stopping.time_limit")
+        return StoppingOptions(
+            strings=strings,
+            token_ids=tuple(given.token_ids),
+            include=given.include,
+            min_tokens=least,
+            ignore_eos=given.ignore_eos,
+        )
+
+    def ranking(self, rules: Rules, given: pb.Ranking) -> RankingPlan:
+        """What completions are ranked by."""
+        if given.criterion == pb.RANKING_CRITERION_BEAM_SCORE:
+            rules.broken("ranking.criterion", "RANKING_CRITERION_BEAM_SCORE is only for beam search")
+            return RankingPlan()
+        criterion = RankingCriterion(given.criterion or pb.RANKING_CRITERION_MEAN_LOGPROB)
+        if not given.HasField("length_exponent"):
+            return RankingPlan(criterion=criterion)
+        exponent = given.length_exponent
+        field = "ranking.length_exponent"
+        rules.check(
+            criterion is RankingCriterion.LENGTH_NORMALIZED,
+            field,
+            "is only for RANKING_CRITERION_LENGTH_NORMALIZED",
+        )
+        rules.check(math.isfinite(exponent) and abs(exponent) <= 10, field, f"{exponent:g} is outside [-10, 10]")
+        return RankingPlan(criterion=criterion, length_exponent=exponent)
