@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from logprobs_server.engine.logprobs import log_sum_exp, position_logprobs, top_tokens
+from logprobs_server.engine.logprobs import _with_lowest_ids, log_sum_exp, position_logprobs, top_tokens
 from logprobs_server.engine.types import LogprobOptions, PositionLogprobs
 from torch import Tensor
 
@@ -45,6 +45,13 @@ def test_every_number_is_that_of_float64(row: list[float], token_id: int, top_co
     assert list(told.named_logprobs) == pytest.approx(exact[list(named)].tolist(), abs=ROUNDING)
     weighted = [-math.exp(logprob) * logprob for logprob in exact.tolist() if logprob > -INF]
     assert told.entropy == pytest.approx(math.fsum(weighted), abs=ROUNDING)
+
+
+@given(ROWS, st.integers(1, VOCAB))
+def test_lowest_ids_are_found_whether_or_not_the_cut_falls_among_equals(row: list[float], count: int) -> None:
+    logits = torch.tensor([row])
+    values, ids = logits.topk(count)
+    assert sorted(_with_lowest_ids(logits, values, ids)[0].tolist()) == sorted(ordered(row)[:count])
 
 
 @given(ROWS, st.integers(1, VOCAB))

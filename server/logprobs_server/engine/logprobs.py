@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from logprobs_server.engine import kernels
+from logprobs_server.engine.transfer import fetched, sent
 from logprobs_server.engine.types import LogprobOptions, PositionLogprobs
 
 __all__ = ["log_sum_exp", "position_logprobs", "top_tokens"]
@@ -42,15 +45,28 @@ def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     vocab = logits.shape[-1]
     values, ids = logits.topk(min(count + 1, vocab), dim=-1)
     if count < vocab:
-        # topk takes any of several equal values; where the cut falls among equals the lowest ids must be found.
-        for row in (values[:, count - 1] == values[:, count]).nonzero().flatten().tolist():
-            equal = (logits[row] == values[row, count - 1]).nonzero().flatten()
-            first = int((values[row] > values[row, count - 1]).sum())
-            ids[row, first:count] = equal[: count - first]
+        tied = values[:, count - 1] == values[:, count]
         values, ids = values[:, :count], ids[:, :count]
+        if logits.is_cuda:  # to ask which rows need it would make the host wait
+            ids = _with_lowest_ids(logits, values, ids)
+        elif len(rows := tied.nonzero().flatten()):
+            ids[rows] = _with_lowest_ids(logits[rows], values[rows], ids[rows])
     ids, order = ids.sort(dim=-1)
     values, by_value = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(-1, by_value)
+
+
+def _with_lowest_ids(logits: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+    """The ids [rows, count] of a top, but the lowest of those that have its least value: topk takes any of equals."""
+    vocab, count = logits.shape[-1], ids.shape[-1]
+    least = values[:, -1:]
+    places = torch.arange(vocab, dtype=torch.int32, device=logits.device)
+    equal = torch.where(logits == least, places, vocab).topk(count, dim=-1, largest=False).values.long()
+    above = (values > least).sum(dim=-1, keepdim=True)  # [rows, 1], all of these are in the top
+    columns = torch.arange(count, device=logits.device)
+    # Where a row holds NaN nothing equals its least value; the ids mean nothing then, but are ids.
+    lowest = equal.gather(-1, (columns - above).clamp_(min=0)).clamp_(max=vocab - 1)
+    return torch.where(columns < above, ids, lowest)
 
 
 def position_logprobs(
@@ -131,60 +147,65 @@ def _torch_statistics(
     logits: Tensor, token_ids: Sequence[int | None], counts: Sequence[int], options: Sequence[LogprobOptions]
 ) -> _Statistics:
     """By torch's own operations, on any device."""
-    device = logits.device
     largest = logits.amax(dim=-1, keepdim=True)  # [rows, 1]
     weights = (logits - largest).exp_()  # [rows, vocab] float32, the largest is 1
     total = weights.sum(dim=-1, dtype=torch.float64)  # [rows]
     normalisers = largest.squeeze(-1).double() + total.log()
-    chosen = torch.tensor([[token_id or 0] for token_id in token_ids], device=device)
-    chosen_logits = logits.gather(-1, chosen)  # [rows, 1]
+    chosen_logits = logits.gather(-1, sent([[token_id or 0] for token_id in token_ids], logits.device))  # [rows, 1]
+    ranks = 1 + (logits > chosen_logits).sum(dim=-1)
     entropies = _entropies(logits, largest, weights, total, options)
-    top_ids, top_logprobs, tails = _tops(logits, weights, total, normalisers, counts)
+    top_logits, top_ids, tails = _tops(logits, weights, total, counts)
+    chosen_and_top = torch.cat([chosen_logits, top_logits], dim=-1).double() - normalisers.unsqueeze(-1)
+    logprobs, floats, numbers, tops = fetched(
+        chosen_and_top.float(),
+        torch.stack([total, tails, entropies]).float(),
+        torch.stack([ranks, logits.argmax(dim=-1)]),
+        top_ids,
+    )
     return _Statistics(
         normalisers=normalisers,
-        sound=total.isfinite().tolist(),
-        chosen_logprobs=(chosen_logits.squeeze(-1).double() - normalisers).float().tolist(),
-        ranks=(1 + (logits > chosen_logits).sum(dim=-1)).tolist(),
-        largest_ids=logits.argmax(dim=-1).tolist(),
-        top_ids=top_ids,
-        top_logprobs=top_logprobs,
-        tails=tails,
-        entropies=entropies,
+        sound=[isfinite(number) for number in floats[0]],
+        chosen_logprobs=[row[0] for row in logprobs],
+        ranks=numbers[0],
+        largest_ids=numbers[1],
+        top_ids=tops,
+        top_logprobs=[row[1:] for row in logprobs],
+        tails=floats[1],
+        entropies=floats[2],
     )
 
 
-def _tops(
-    logits: Tensor, weights: Tensor, total: Tensor, normalisers: Tensor, counts: Sequence[int]
-) -> tuple[list[list[int]], list[list[float]], list[float]]:
-    """Top ids and logprobs of each row, and the log of what is left. Zeroes the top's entries in `weights`."""
-    rows = len(counts)
+def _tops(logits: Tensor, weights: Tensor, total: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Top logits and ids of each row, [rows, most], and the log of what is left. Zeroes the top's `weights`."""
     if not any(counts):
-        return [[]] * rows, [[]] * rows, [0.0] * rows
-    values, ids = top_tokens(torch.nan_to_num(logits, nan=0.0) if total.isnan().any() else logits, max(counts))
+        return logits[:, :0], torch.empty(len(counts), 0, dtype=torch.int64, device=logits.device), total.log()
+    values, ids = top_tokens(logits, max(counts))
     columns = torch.arange(max(counts), device=logits.device)
-    wanted = columns < torch.tensor(counts, device=logits.device).unsqueeze(-1)  # [rows, columns]
+    wanted = columns < sent(counts, logits.device).unsqueeze(-1)  # [rows, columns]
     weights.scatter_(-1, ids, weights.gather(-1, ids).masked_fill_(wanted, 0.0))
-    tails = (weights.sum(dim=-1, dtype=torch.float64) / total).log_().float().tolist()
-    return ids.tolist(), (values.double() - normalisers.unsqueeze(-1)).float().tolist(), tails
+    return values, ids, (weights.sum(dim=-1, dtype=torch.float64) / total).log_()
 
 
 def _named(logits: Tensor, normalisers: Tensor, options: Sequence[LogprobOptions]) -> dict[int, list[float]]:
     """Logprobs of the tokens that each row's options name, for the rows that name any."""
-    found = {}
-    for row, option in enumerate(options):
-        if option.token_ids:
-            ids = torch.tensor(option.token_ids, device=logits.device)
-            found[row] = (logits[row, ids].double() - normalisers[row]).float().tolist()
-    return found
+    places = [(row, token_id) for row, option in enumerate(options) for token_id in option.token_ids]
+    if not places:
+        return {}
+    rows, ids = sent(places, logits.device).T
+    [logprobs] = fetched((logits[rows, ids].double() - normalisers[rows]).float())
+    left = iter(logprobs)
+    named = {row: option.token_ids for row, option in enumerate(options) if option.token_ids}
+    return {row: list(islice(left, len(token_ids))) for row, token_ids in named.items()}
 
 
 def _entropies(
     logits: Tensor, largest: Tensor, weights: Tensor, total: Tensor, options: Sequence[LogprobOptions]
-) -> list[float]:
-    """Entropy in nats of each row that asks for it, log total - E[logit - largest]; 0 for the others."""
-    found = [0.0] * len(options)
-    for row, option in enumerate(options):
-        if option.entropy:
-            terms = weights[row] * (logits[row] - largest[row]).clamp_(min=-1e4)  # 0 · -inf is 0 here
-            found[row] = float(total[row].log() - terms.sum(dtype=torch.float64) / total[row])
+) -> Tensor:
+    """Entropy in nats of each row that asks for it, log total - E[logit - largest]; 0 for others. [rows] float64."""
+    found = torch.zeros_like(total)
+    asking = [row for row, option in enumerate(options) if option.entropy]
+    if asking:
+        rows = sent(asking, logits.device)
+        terms = weights[rows] * (logits[rows] - largest[rows]).clamp_(min=-1e4)  # 0 · -inf is 0 here
+        found[rows] = total[rows].log() - terms.sum(dim=-1, dtype=torch.float64) / total[rows]
     return found

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from logprobs_server.engine.transfer import sent
+
 __all__ = ["VocabularyNoise", "row_key"]
 
 _MASK64 = (1 << 64) - 1
@@ -52,7 +54,7 @@ class VocabularyNoise:
         Returns:
             [rows, candidates] float32, finite.
         """
-        first, second = torch.tensor(keys, dtype=torch.int32, device=self._spread.device).T.unsqueeze(-1)
+        first, second = sent(keys, self._spread.device, torch.int32).T.unsqueeze(-1)
         spread = self._spread if token_ids is None else self._spread[token_ids]
         bits = spread + first  # [rows, candidates] int32, wrapping
         bits ^= (bits >> 16) & 0xFFFF

@@ -16,6 +16,7 @@ from torch import Tensor
 from logprobs_server.engine import kernels
 from logprobs_server.engine.logprobs import log_sum_exp, top_tokens
 from logprobs_server.engine.random import VocabularyNoise, row_key
+from logprobs_server.engine.transfer import fetched, sent
 from logprobs_server.engine.types import SamplingOptions
 
 __all__ = ["Draw", "DrawnToken", "draw_tokens"]
@@ -51,15 +52,16 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw], noise: VocabularyNoise) -
     Returns:
         One per row. Temperature 0 takes the most probable token, of equals the lowest id.
     """
-    if any(draw.masked_ids for draw in draws):
+    masked = [(row, token_id) for row, draw in enumerate(draws) for token_id in draw.masked_ids]
+    if masked:
+        masked_rows, masked_ids = sent(masked, logits.device).T
         logits = logits.clone()
-        for row, draw in enumerate(draws):
-            logits[row, list(draw.masked_ids)] = -torch.inf
+        logits[masked_rows, masked_ids] = -torch.inf
     drawn: dict[int, DrawnToken] = {}
     for kind, draw_rows in ((_is_greedy, _greedy), (_is_whole, _whole), (_is_truncated, _truncated)):
         rows = [row for row, draw in enumerate(draws) if kind(draw.options)]
         if rows:
-            part = logits if len(rows) == len(draws) else logits[rows]
+            part = logits if len(rows) == len(draws) else logits[sent(rows, logits.device)]
             drawn.update(zip(rows, draw_rows(part, [draws[row] for row in rows], noise), strict=True))
     return [drawn[row] for row in range(len(draws))]
 
@@ -79,9 +81,8 @@ def _is_truncated(options: SamplingOptions) -> bool:
 
 def _greedy(logits: Tensor, draws: Sequence[Draw], noise: VocabularyNoise) -> list[DrawnToken]:
     """The most probable token; argmax gives the first of equals."""
-    return [
-        DrawnToken(token_id=token_id, sampling_logprob=0.0, set_size=1) for token_id in logits.argmax(dim=-1).tolist()
-    ]
+    [token_ids] = fetched(logits.argmax(dim=-1))
+    return [DrawnToken(token_id=token_id, sampling_logprob=0.0, set_size=1) for token_id in token_ids]
 
 
 def _whole(logits: Tensor, draws: Sequence[Draw], noise: VocabularyNoise) -> list[DrawnToken]:
@@ -120,7 +121,7 @@ def _kept(scaled: Tensor, options: Sequence[SamplingOptions]) -> tuple[Tensor, T
     """
     vocab = scaled.shape[-1]
     cuts = [[option.top_k or vocab, option.top_p, option.min_p] for option in options]
-    top_k, top_p, min_p = torch.tensor(cuts, device=scaled.device, dtype=torch.float64).T.unsqueeze(-1)
+    top_k, top_p, min_p = sent(cuts, scaled.device, torch.float64).T.unsqueeze(-1)
     total = log_sum_exp(scaled).exp().unsqueeze(-1)  # [rows, 1]; the largest scaled logit is 0
     count = min(vocab, max(_FIRST_CANDIDATES, *(option.top_k for option in options)))
     while True:
@@ -139,7 +140,7 @@ def _kept(scaled: Tensor, options: Sequence[SamplingOptions]) -> tuple[Tensor, T
 
 def _scaled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Logits minus the row's largest, divided by the temperature: [rows, vocab] float32, at most 0."""
-    temperatures = torch.tensor([[draw.options.temperature] for draw in draws], device=logits.device)
+    temperatures = sent([[draw.options.temperature] for draw in draws], logits.device, torch.float32)
     return (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures)
 
 
@@ -148,5 +149,5 @@ def _keys(draws: Sequence[Draw]) -> list[tuple[int, int]]:
 
 
 def _drawn(token_ids: Tensor, logprobs: Tensor, sizes: Tensor) -> list[DrawnToken]:
-    rows = zip(token_ids.tolist(), logprobs.float().tolist(), sizes.tolist(), strict=True)
+    rows = zip(*fetched(token_ids, logprobs.float(), sizes), strict=True)
     return [DrawnToken(token_id=i, sampling_logprob=p, set_size=n) for i, p, n in rows]
