@@ -19,7 +19,8 @@ from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
 from logprobs_server.engine import decoder
 from logprobs_server.engine import model as engine_model
 from logprobs_server.engine.batch import Chunk
-from logprobs_server.engine.lean import ROTATION, SLOPES, WINDOW, LeanModel
+from logprobs_server.engine.decoder import Architecture
+from logprobs_server.engine.lean import LeanModel, packed_decoder
 from oracle import TOLERANCE, Oracle, deviation
 from serving import BOTH_PATHS, given, path_name, serving, skip_without_kernels
 from texts import LONG_TEXT, TEXTS
@@ -82,8 +83,10 @@ def embedded(request: pytest.FixtureRequest, embedded_folder: Path) -> Iterator[
 
 def _served(name: str, lean: bool, folder: Path, **settings: Any) -> Iterator[Served]:
     skip_without_kernels(lean)
-    with serving(folder, kernels=lean, **settings) as stub:
-        yield Served(name, lean, stub, Oracle(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_model, "LeanModel", Remembering)
+        with serving(folder, kernels=lean, **settings) as stub:
+            yield Served(name, lean, stub, Oracle(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
 def _shift_positions(patch: pytest.MonkeyPatch) -> None:
@@ -109,51 +112,53 @@ def _take_slopes_of_one_more_head(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(modeling_bloom, "_get_alibi_slopes", lambda heads, device: slopes(heads + 1, device)[:heads])
 
 
-def _spoil_lean(patch: pytest.MonkeyPatch, spoil: Callable[[LeanModel], None]) -> None:
-    """Computes every chunk but the first with a spoilt copy of the model's description."""
+class Remembering(LeanModel):
+    """Keeps the description it was packed from, so that a spoilt copy can be made."""
+
+    def __init__(self, architecture: Architecture, *args: Any, **kwargs: Any) -> None:
+        super().__init__(architecture, *args, **kwargs)
+        self.architecture = architecture
+
+
+def _spoil_lean(patch: pytest.MonkeyPatch, spoil: Callable[[Architecture], Architecture]) -> None:
+    """Computes every chunk but the first with a spoilt copy of the model."""
     forward = LeanModel.forward
 
-    def spoilt(model: LeanModel, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def spoilt(model: Remembering, chunks: Sequence[Chunk]) -> torch.Tensor:
         if chunks[0].start == 0:
             return forward(model, chunks)
         twin = copy(model)
-        twin._layers = [copy(layer) for layer in model._layers]
-        spoil(twin)
+        twin._decoder = packed_decoder(spoil(model.architecture), torch.float32, model._cache)
         return forward(twin, chunks)
 
     patch.setattr(LeanModel, "forward", spoilt)
 
 
 def _shift_lean_positions(patch: pytest.MonkeyPatch) -> None:
-    def shift(model: LeanModel) -> None:
-        positions = model._architecture.positions
-        if positions is not None:
-            model._architecture = replace(model._architecture, positions=positions.roll(-1, 0))
-        for layer in model._layers:
-            table = layer.parts[ROTATION]
-            layer.parts = [*layer.parts]
-            layer.parts[ROTATION] = None if table is None else table.roll(-1, 0)
+    def rolled(table: torch.Tensor | None) -> torch.Tensor | None:
+        return None if table is None else table.roll(-1, 0)
 
-    _spoil_lean(patch, shift)
+    def shifted(whole: Architecture) -> Architecture:
+        layers = [replace(layer, rotation=rolled(layer.rotation)) for layer in whole.layers]
+        return replace(whole, layers=layers, positions=rolled(whole.positions))
+
+    _spoil_lean(patch, shifted)
 
 
 def _widen_lean_window(patch: pytest.MonkeyPatch) -> None:
-    def widen(model: LeanModel) -> None:
-        for layer in model._layers:
-            layer.numbers = [*layer.numbers]
-            layer.numbers[WINDOW] += layer.numbers[WINDOW] > 0
+    def widened(whole: Architecture) -> Architecture:
+        layers = [replace(layer, window=layer.window + (layer.window > 0)) for layer in whole.layers]
+        return replace(whole, layers=layers)
 
-    _spoil_lean(patch, widen)
+    _spoil_lean(patch, widened)
 
 
 def _take_lean_slopes_of_one_more_head(patch: pytest.MonkeyPatch) -> None:
-    def steepen(model: LeanModel) -> None:
-        for layer in model._layers:
-            heads = layer.numbers[0]
-            layer.parts = [*layer.parts]
-            layer.parts[SLOPES] = decoder._slopes(heads + 1)[:heads]
+    def steeper(whole: Architecture) -> Architecture:
+        heads = whole.query_heads
+        return replace(whole, slopes=decoder._slopes(heads + 1)[:heads])
 
-    _spoil_lean(patch, steepen)
+    _spoil_lean(patch, steeper)
 
 
 LEAN_SPOILS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], ...]] = {

@@ -1,28 +1,33 @@
 """The lean path: runs an `Architecture` with the CPU's kernels, keys and values in blocks. Implements `Model`.
 
-A step is one pass over all its rows, whoever they belong to. Between the embedding and the head everything happens in
-the kernels; a row's bits depend on that row alone.
+A step is one pass over all its rows, whoever they belong to. Between the embedding and the logits everything happens in
+the kernels; a row's bits depend on that row and what precedes it in its sequence alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from logprobs_server.engine.batch import Chunk
-from logprobs_server.engine.decoder import Architecture, Layer, Linear
+from logprobs_server.engine.decoder import Architecture, Layer, Linear, Norm
 from logprobs_server.engine.kv_cache import BLOCK_SIZE
 from logprobs_server.engine.types import ModelDescription
 
-__all__ = ["LeanModel"]
+__all__ = ["LeanModel", "kept_dtype", "packed_decoder"]
 
-ROTATION, SLOPES, WINDOW = 16, 17, 4
-"""Places in a packed layer's `parts` and `numbers`, see `Part` and `Number` in kernels/cpu.cpp."""
+_COLUMNS, _LANES = 32, 16
+"""Outputs of a block of packed weights, and those of a gate that stand beside as many of its partner."""
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a model of this dtype keeps keys and values as: float16 is as small as bfloat16 and eight times finer."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 class LeanModel:
@@ -34,11 +39,10 @@ class LeanModel:
         self.description = description
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
-        # What is packed below is not kept a second time.
-        self._architecture = replace(architecture, layers=(), head=replace(architecture.head, weight=torch.empty(0)))
-        self._dtype = dtype
-        self._layers = [_PackedLayer(architecture, layer, dtype, num_blocks) for layer in architecture.layers]
-        self._head = torch.ops.logprobs.pack(architecture.head.weight.to(dtype))
+        # [blocks, layers, heads, keys and values]. Untouched memory costs nothing; a block's first token clears it.
+        kept = (num_blocks, len(architecture.layers), architecture.key_heads, 2 * BLOCK_SIZE * architecture.head_size)
+        self._cache = torch.ops.logprobs.huge_pages(kept, kept_dtype(dtype))
+        self._decoder = packed_decoder(architecture, dtype, self._cache)
         self._buffer = torch.empty(0)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -48,93 +52,91 @@ class LeanModel:
         first = torch.tensor([0, *accumulate(len(chunk.token_ids) for chunk in chunks)])
         width = max((chunk.start + len(chunk.token_ids) - 1) // BLOCK_SIZE + 1 for chunk in chunks)
         tables = torch.tensor([[*c.blocks[:width], *[0] * (width - len(c.blocks))] for c in chunks])
-        residual = self._embedded(token_ids, positions)
-        architecture = self._architecture
-        for layer in self._layers:
-            torch.ops.logprobs.decoder_layer(
-                residual,
-                positions,
-                first,
-                tables,
-                layer.parts,
-                layer.numbers,
-                architecture.eps,
-                architecture.scale,
-                layer.keys,
-                layer.values,
-            )
-        return residual
+        hidden: Tensor = self._decoder.forward(token_ids, positions, first, tables)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] float32 that follow hidden states [rows, hidden]; good until the next call."""
         rows, vocab = hidden.shape[0], self.description.vocabulary_size
-        normed = torch.empty(hidden.shape, dtype=self._dtype)
-        norm = self._architecture.final_norm
-        eps, centred = self._architecture.eps, self._architecture.centred
-        torch.ops.logprobs.final_norm(hidden.contiguous(), norm.weight, norm.bias, eps, centred, normed)
         if self._buffer.numel() < rows * vocab:
-            self._buffer = torch.empty(rows * vocab)
+            self._buffer = torch.ops.logprobs.huge_pages([rows * vocab], torch.float32)
         logits = self._buffer[: rows * vocab].view(rows, vocab)
-        torch.ops.logprobs.head(normed, self._head, self._architecture.head.bias, logits)
+        self._decoder.logits(hidden.contiguous(), logits)
         return logits
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies keys and values of blocks, (from, to)."""
-        for layer in self._layers:
-            for store in (layer.keys, layer.values):
-                for source, target in pairs:
-                    store[target].copy_(store[source])
-
-    def _embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """The rows that enter the first layer, [tokens, hidden] float32."""
-        architecture = self._architecture
-        rows = functional.embedding(token_ids, architecture.embedding).float()
-        if architecture.embedding_scale != 1:
-            rows *= architecture.embedding_scale
-        if architecture.positions is not None:
-            rows += functional.embedding(positions, architecture.positions).float()
-        if architecture.embedding_norm is not None:
-            norm, given = architecture.embedding_norm, rows
-            rows = torch.empty_like(given)
-            torch.ops.logprobs.final_norm(given, norm.weight, norm.bias, architecture.eps, architecture.centred, rows)
-        return rows
+        for source, target in pairs:
+            self._cache[target].copy_(self._cache[source])
 
 
-class _PackedLayer:
-    """One layer as the kernel wants it: its tensors and whole numbers in the order of cpu.cpp, and its cache."""
+def packed_decoder(whole: Architecture, dtype: torch.dtype, cache: Tensor) -> Any:
+    """The kernels' decoder, its arguments in the order of cpu.cpp; all packed weights lie in one piece of memory."""
+    layers = [
+        [layer.qkv, layer.out, _side_by_side(layer.up) if whole.gated else layer.up, layer.down]
+        for layer in whole.layers
+    ]
+    linears = [linear for layer in layers for linear in layer] + [whole.head]
+    sizes = [-(-linear.weight.shape[0] // _COLUMNS) * _COLUMNS * linear.weight.shape[1] for linear in linears]
+    packed = torch.ops.logprobs.huge_pages([sum(sizes)], dtype).split(sizes)
+    for linear, place in zip(linears, packed, strict=True):
+        torch.ops.logprobs.pack(linear.weight.to(dtype), place)
+    weights = iter(zip(packed, (linear.bias for linear in linears), strict=True))
+    parts = [part for layer in whole.layers for part in _parts(layer, weights)]
+    inner, vocab = whole.layers[0].down.weight.shape[1], whole.head.weight.shape[0]
+    flags = [int(whole.gated), int(whole.centred), int(whole.parallel)]
+    numbers = [whole.embedding.shape[1], inner, vocab, whole.activation, *flags]
+    numbers += [whole.query_heads, whole.key_heads, whole.head_size]
+    scalars = [whole.eps, whole.scale, whole.embedding_scale]
+    windows = [layer.window for layer in whole.layers]
+    return torch.classes.logprobs.Decoder(
+        parts, [*_ends(whole, dtype), *next(weights)], numbers, scalars, windows, cache
+    )
 
-    def __init__(self, whole: Architecture, layer: Layer, dtype: torch.dtype, num_blocks: int) -> None:
-        def packed(linear: Linear) -> tuple[Tensor, Tensor | None]:
-            return torch.ops.logprobs.pack(linear.weight.to(dtype)), linear.bias
 
-        self.parts: list[Tensor | None] = [
-            layer.input_norm.weight,
-            layer.input_norm.bias,
-            *packed(layer.qkv),
-            layer.query_norm.weight if layer.query_norm else None,
-            layer.key_norm.weight if layer.key_norm else None,
-            *packed(layer.out),
-            layer.after_attention.weight if layer.after_attention else None,
-            layer.mlp_norm.weight,
-            layer.mlp_norm.bias,
-            *packed(layer.up),
-            *packed(layer.down),
-            layer.after_mlp.weight if layer.after_mlp else None,
-            layer.rotation,
-            whole.slopes,
-        ]
-        self.numbers = [
-            whole.query_heads,
-            whole.key_heads,
-            whole.head_size,
-            0 if layer.rotation is None else layer.rotation.shape[-1],
-            layer.window,
-            whole.activation,
-            int(whole.gated),
-            int(whole.centred),
-            int(whole.parallel),
-            layer.down.weight.shape[-1],
-        ]
-        # Untouched memory costs nothing; the kernel clears a block when its first token comes.
-        self.keys = torch.empty(num_blocks, whole.key_heads, whole.head_size, BLOCK_SIZE, dtype=dtype)
-        self.values = torch.empty(num_blocks, whole.key_heads, BLOCK_SIZE, whole.head_size, dtype=dtype)
+def _parts(layer: Layer, weights: Iterator[tuple[Tensor, Tensor | None]]) -> list[Tensor | None]:
+    """One layer's tensors in the order of `Place` in cpu.cpp; takes its four packed weights and their biases."""
+    return [
+        layer.input_norm.weight,
+        layer.input_norm.bias,
+        *next(weights),
+        _weight(layer.query_norm),
+        _weight(layer.key_norm),
+        *next(weights),
+        _weight(layer.after_attention),
+        layer.mlp_norm.weight,
+        layer.mlp_norm.bias,
+        *next(weights),
+        *next(weights),
+        _weight(layer.after_mlp),
+        layer.rotation,
+    ]
+
+
+def _ends(whole: Architecture, dtype: torch.dtype) -> list[Tensor | None]:
+    """The tensors outside the layers in the order of `End` in cpu.cpp, but for the head."""
+    norm = whole.embedding_norm
+    return [
+        whole.final_norm.weight,
+        whole.final_norm.bias,
+        whole.embedding.to(dtype),
+        None if whole.positions is None else whole.positions.to(dtype),
+        _weight(norm),
+        None if norm is None else norm.bias,
+        whole.slopes,
+    ]
+
+
+def _weight(norm: Norm | None) -> Tensor | None:
+    return None if norm is None else norm.weight
+
+
+def _side_by_side(linear: Linear) -> Linear:
+    """A gate and its partner, stacked, in turns of 16 rows, so that one block of outputs holds what belongs together."""
+
+    def turned(stored: Tensor) -> Tensor:
+        both = stored.unflatten(0, (2, -1))
+        padding = [0, 0] * (stored.dim() - 1) + [0, -both.shape[1] % _LANES]
+        return functional.pad(both, padding).unflatten(1, (-1, _LANES)).transpose(0, 1).flatten(0, 2)
+
+    return Linear(weight=turned(linear.weight), bias=None if linear.bias is None else turned(linear.bias))

@@ -27,7 +27,7 @@ from logprobs_server.engine import kernels
 from logprobs_server.engine.batch import Chunk, Model
 from logprobs_server.engine.decoder import architecture_of
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
-from logprobs_server.engine.lean import LeanModel
+from logprobs_server.engine.lean import LeanModel, kept_dtype
 from logprobs_server.engine.types import ModelDescription
 
 __all__ = [
@@ -155,8 +155,9 @@ class TransformersModel:
         self.device = model.device
         self._body = model.get_decoder()
         self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
+        self._cache_name = _cache_name(self._body)
         shapes = _kv_shapes(self._body, self.device)
-        self.num_blocks = _num_blocks(shapes, model.dtype, description, options, self.device)
+        self.num_blocks = _num_blocks(shapes, kept_dtype(model.dtype), description, options, self.device)
         self._layers = [
             _BlockLayer(*(self._new_store(heads, size, model.dtype) for heads, size in layer)) for layer in shapes
         ]
@@ -194,8 +195,8 @@ class TransformersModel:
         hidden: Tensor = self._body(
             input_ids=group.token_ids,
             attention_mask=group.attention_mask,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._cache_name: self._cache},
             **positions,
         ).last_hidden_state
         return hidden
@@ -244,11 +245,11 @@ def _lean_model(model: Any, description: ModelDescription, options: LoadOptions)
     if options.kernels_dir is None or model.device.type != "cpu" or model.dtype == torch.float16:
         return None
     architecture = architecture_of(model, description.context_length)
-    if architecture is None or not kernels.load(options.kernels_dir) or not kernels.supports(model.dtype):
+    if architecture is None or not kernels.load(options.kernels_dir):
         return None
     kept = (architecture.key_heads, architecture.head_size)
     shapes = [(kept, kept) for _ in architecture.layers]
-    num_blocks = _num_blocks(shapes, model.dtype, description, options, model.device)
+    num_blocks = _num_blocks(shapes, kept_dtype(model.dtype), description, options, model.device)
     return LeanModel(architecture, description, dtype=model.dtype, num_blocks=num_blocks)
 
 
@@ -321,6 +322,11 @@ def _description(options: LoadOptions, config: Any, model: Any) -> ModelDescript
     )
 
 
+def _cache_name(body: Any) -> str:
+    """What a decoder calls its keys and values: transformers renames `past_key_values` to `cache`, model by model."""
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+
+
 def _slots(blocks: Sequence[int], count: int) -> list[int]:
     """Where the first `count` tokens of a sequence with these blocks are."""
     return [block * BLOCK_SIZE + i for block in blocks[: blocks_for(count)] for i in range(BLOCK_SIZE)][:count]
@@ -373,7 +379,7 @@ def _logprobs(logits: Tensor) -> Tensor:
 def _kv_shapes(body: Any, device: torch.device) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """(heads, head_dim) of keys and of values, per layer, seen by computing one token."""
     cache = DynamicCache()
-    body(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), past_key_values=cache, use_cache=True)
+    body(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=True, **{_cache_name(body): cache})
     return [tuple((kv.shape[1], kv.shape[3]) for kv in (layer.keys, layer.values)) for layer in cache.layers]  # type: ignore[misc]
 
 

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["in_use", "load", "supports"]
+__all__ = ["in_use", "load"]
 
 _loading = threading.Lock()
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.cpp")
+_HEADERS = ("attention.h", "logits.h", "product.h", "rows.h", "threads.h")
 _COMPILER = "c++"
 _FLAGS = (
     "-std=c++20",
     "-O3",
     "-march=native",
-    "-fopenmp",
     "-fPIC",
     "-shared",
     "-DCPU_CAPABILITY=AVX512",
@@ -45,24 +45,13 @@ def load(build_dir: Path) -> bool:
         return _loaded() or _load(build_dir)
 
 
-def supports(dtype: torch.dtype) -> bool:
-    """Whether this processor has the products of loaded kernels for this type: bfloat16 needs more than AVX-512."""
-    weight = torch.ones(32, 32, dtype=dtype)
-    try:
-        torch.ops.logprobs.head(weight, torch.ops.logprobs.pack(weight), None, torch.empty(32, 32))
-    except RuntimeError as error:
-        _log.info("kernels not used for %s: %s", dtype, str(error).partition("\n")[0])
-        return False
-    return True
-
-
 def in_use(tensor: torch.Tensor) -> bool:
     """Whether the kernels are loaded and can take this tensor."""
     return tensor.is_cpu and _loaded()
 
 
 def _loaded() -> bool:
-    return hasattr(torch.ops.logprobs, "decoder_layer")
+    return hasattr(torch.ops.logprobs, "row_statistics")
 
 
 def _load(build_dir: Path) -> bool:
@@ -87,7 +76,8 @@ def _digest() -> str:
     """Of all that a built library depends on: the source, torch, the flags, and the processor it is tuned to."""
     cpuinfo = Path("/proc/cpuinfo")
     processor = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    parts = (_SOURCE.read_text(), torch.__version__, *_FLAGS, processor)
+    sources = [_SOURCE.with_name(name).read_text() for name in (_SOURCE.name, *_HEADERS)]
+    parts = (*sources, torch.__version__, *_FLAGS, processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,254 @@
+// Rows of logits: what is told of a distribution, and drawing from it. A row is read in chunks of fixed size, each by
+// one thread; what they give is put together in their order, so that the number of threads changes nothing.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "product.h"
+
+namespace logprobs {
+
+constexpr int64_t kChunk = 8192;  // columns; 32 KiB
+
+struct Candidate {
+  float value;
+  int64_t id;
+  // By value, then by lower id.
+  bool operator<(const Candidate& other) const { return value > other.value || (value == other.value && id < other.id); }
+};
+
+// What a chunk of a row gives.
+struct Part {
+  std::vector<Candidate> best;  // the most probable of the chunk, best first
+  int64_t greater = 0;          // logits above that of the chosen token
+  bool odd = false;             // a NaN or +inf is among them
+  float largest = kMasked;
+  double total = 0.0;   // of exp(x - largest), without those in `best`
+  double moment = 0.0;  // of exp(x - largest) · (x - largest), without those in `best`
+};
+
+inline void insert(std::vector<Candidate>& best, int64_t most, Candidate candidate) {
+  best.insert(std::upper_bound(best.begin(), best.end(), candidate), candidate);
+  if (static_cast<int64_t>(best.size()) > most) best.pop_back();
+}
+
+// Finds the best of row[begin … end), and counts.
+inline void search(const float* row, int64_t begin, int64_t end, float limit, int64_t most, Part& part) {
+  const __m512 bound = _mm512_set1_ps(limit), finite = _mm512_set1_ps(std::numeric_limits<float>::max());
+  __m512 least = _mm512_set1_ps(kMasked);
+  part.best.clear();
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const __mmask16 lanes = first_lanes(end - i);
+    const __m512 x = load(row + i, lanes);
+    part.greater += __builtin_popcount(_mm512_mask_cmp_ps_mask(lanes, x, bound, _CMP_GT_OQ));
+    part.odd |= _mm512_mask_cmp_ps_mask(lanes, x, finite, _CMP_NLE_UQ) != 0;
+    const bool full = static_cast<int64_t>(part.best.size()) == most;
+    __mmask16 better = full ? _mm512_mask_cmp_ps_mask(lanes, x, least, _CMP_GT_OQ)
+                            : _mm512_mask_cmp_ps_mask(lanes, x, x, _CMP_ORD_Q);
+    for (; better != 0; better &= better - 1) {
+      const int64_t id = i + __builtin_ctz(better);
+      if (static_cast<int64_t>(part.best.size()) == most && !(row[id] > part.best.back().value)) continue;
+      insert(part.best, most, {row[id], id});
+      if (static_cast<int64_t>(part.best.size()) == most) least = _mm512_set1_ps(part.best.back().value);
+    }
+  }
+}
+
+// Sums over row[begin … end), relative to the chunk's largest, of all that is not in `best`.
+inline void accumulate(float* row, int64_t begin, int64_t end, bool moments, Part& part) {
+  part.largest = part.best.front().value;
+  if (part.largest == kMasked) return;
+  for (const Candidate& candidate : part.best) row[candidate.id] = kMasked;
+  __m512d total = _mm512_setzero_pd(), moment = _mm512_setzero_pd();
+  const __m512 largest = _mm512_set1_ps(part.largest);
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const __mmask16 lanes = first_lanes(end - i);
+    const __m512 x = _mm512_sub_ps(_mm512_mask_loadu_ps(_mm512_set1_ps(kMasked), lanes, row + i), largest);
+    const __m512 weight = exponential(x);
+    total = _mm512_add_pd(total, add_halves(weight));
+    if (moments) {
+      const __mmask16 counts = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_GT_OQ);
+      moment = _mm512_add_pd(moment, add_halves(_mm512_maskz_mul_ps(counts, weight, x)));
+    }
+  }
+  for (const Candidate& candidate : part.best) row[candidate.id] = candidate.value;
+  part.total = _mm512_reduce_add_pd(total);
+  part.moment = _mm512_reduce_add_pd(moment);
+}
+
+// Where `row_statistics` puts what it finds of a row.
+struct Told {
+  double* floats;   // [5]: log-sum-exp, log of the mass outside the top, entropy, the chosen token's logit, 1 if odd
+  int64_t* counts;  // [2]: rank of the chosen token, id of the largest logit
+  float* values;    // the top's logits
+  int64_t* ids;     // and their ids
+};
+
+// Puts the parts of a row together. `rest` is what is left of a chunk's best when the top has taken its share.
+inline void conclude(const float* row, int64_t chosen, int64_t top, const Part* parts, int64_t chunks, const Told& told) {
+  std::vector<Candidate> merged;
+  int64_t rank = 1;
+  bool odd = false;
+  for (int64_t c = 0; c < chunks; ++c) {
+    merged.insert(merged.end(), parts[c].best.begin(), parts[c].best.end());
+    rank += parts[c].greater;
+    odd = odd || parts[c].odd;
+  }
+  std::sort(merged.begin(), merged.end());
+  odd = odd || merged.empty() || merged.front().value == kMasked;
+  told.floats[4] = odd ? 1.0 : 0.0;
+  told.counts[0] = odd ? 0 : chosen < 0 ? 1 : rank;
+  told.counts[1] = odd ? 0 : merged.front().id;
+  if (odd) return;
+  told.floats[3] = chosen < 0 ? merged.front().value : row[chosen];
+  const float largest = merged.front().value;
+  double tail = 0.0, moment = 0.0, head = 0.0;
+  for (int64_t c = 0; c < chunks; ++c) {
+    if (parts[c].largest == kMasked) continue;
+    const double shift = static_cast<double>(parts[c].largest) - largest, scale = std::exp(shift);
+    tail += parts[c].total * scale;
+    moment += (parts[c].moment + parts[c].total * shift) * scale;
+  }
+  for (size_t k = 0; k < merged.size(); ++k) {
+    const double difference = static_cast<double>(merged[k].value) - largest, weight = std::exp(difference);
+    (static_cast<int64_t>(k) < top ? head : tail) += weight;
+    if (weight > 0) moment += weight * difference;
+    if (static_cast<int64_t>(k) < top) {
+      told.values[k] = merged[k].value;
+      told.ids[k] = merged[k].id;
+    }
+  }
+  const double total = head + tail;
+  told.floats[0] = largest + std::log(total);
+  told.floats[1] = std::log(tail / total);
+  told.floats[2] = std::log(total) - moment / total;
+}
+
+// What is told of each row of logits [rows, vocab]. chosen [rows]: the token that stands there, -1 for the largest;
+// wanted [rows]: how many of the most probable; entropies [rows]: whether to sum up for it. floats [rows, 5] double,
+// counts [rows, 2], values and ids [rows, most]: see `Told`. Logits are left as they were.
+inline void row_statistics(const Tensor& logits, const Tensor& chosen, const Tensor& wanted, const Tensor& entropies,
+                           const Tensor& floats, const Tensor& counts, const Tensor& values, const Tensor& ids) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1), most = values.size(1);
+  const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+  float* all = data<float>(logits);
+  const int64_t *token = data<int64_t>(chosen), *tops = data<int64_t>(wanted);
+  const bool* moments = data<bool>(entropies);
+  std::vector<Part> parts(rows * chunks);
+  Team& team = Team::get();
+  team.run([&] {
+    team.each(rows * chunks, [&](int64_t i) {
+      const int64_t r = i / chunks, begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
+      float* row = all + r * vocab;
+      const float limit = token[r] < 0 ? std::numeric_limits<float>::max() : row[token[r]];
+      search(row, begin, end, limit, std::max<int64_t>(1, tops[r]), parts[i]);
+    });
+    team.each(rows * chunks, [&](int64_t i) {
+      const int64_t r = i / chunks, begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
+      if (!parts[i].odd) accumulate(all + r * vocab, begin, end, moments[r], parts[i]);
+    });
+    team.each(rows, [&](int64_t r) {
+      const Told told{data<double>(floats) + 5 * r, data<int64_t>(counts) + 2 * r, data<float>(values) + most * r,
+                      data<int64_t>(ids) + most * r};
+      conclude(all + r * vocab, token[r], tops[r], &parts[r * chunks], chunks, told);
+    });
+  });
+}
+
+// What a token's hash becomes: 31 random bits for 16 tokens, as VocabularyNoise in random.py makes them.
+inline __m512i random_bits(__m512i ids, int32_t first, int32_t second) {
+  const auto times = [](__m512i x, uint32_t by) { return _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int32_t>(by))); };
+  __m512i bits = _mm512_add_epi32(times(ids, 0x9E3779B1u), _mm512_set1_epi32(first));
+  bits = times(_mm512_xor_si512(bits, _mm512_srli_epi32(bits, 16)), 0x85EBCA6Bu);
+  bits = _mm512_xor_si512(bits, _mm512_set1_epi32(second));
+  bits = times(_mm512_xor_si512(bits, _mm512_srli_epi32(bits, 13)), 0xC2B2AE35u);
+  bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 16));
+  return _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+}
+
+// A chunk's part of a race.
+struct Leg {
+  float best = kMasked;
+  int64_t id = 0, size = 0;
+  double total = 0.0;
+};
+
+// Runs the tokens of row[begin … end): the largest of (x - largest) / temperature - log Exponential(1) wins. A token
+// with uniform variable u can only beat `best` if u <= -log(1 - u) < exp(x - best), which spares most of them two
+// logarithms.
+inline Leg run(const float* row, int64_t begin, int64_t end, float largest, float temperature, const int32_t* key) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  alignas(64) float scores[kLanes];
+  Leg leg;
+  __m512d total = _mm512_setzero_pd();
+  __m512 slack = _mm512_set1_ps(std::numeric_limits<float>::infinity());  // exp(-best), a little more
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const __m512 raw = _mm512_mask_loadu_ps(_mm512_set1_ps(kMasked), first_lanes(end - i), row + i);
+    const __m512 x = _mm512_div_ps(_mm512_sub_ps(raw, _mm512_set1_ps(largest)), _mm512_set1_ps(temperature));
+    const __m512 weight = exponential(x);
+    total = _mm512_add_pd(total, add_halves(weight));
+    const __mmask16 possible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kMasked), _CMP_GT_OQ);
+    leg.size += __builtin_popcount(possible);
+    const __m512i bits = random_bits(_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(i)), lanes), key[0], key[1]);
+    const Vec uniform = (Vec(_mm512_cvtepi32_ps(bits)) + Vec(0.5f)) * Vec(0x1p-31f);
+    const __m512 reach = _mm512_mul_ps(weight, slack);
+    if ((possible & _mm512_cmp_ps_mask(uniform, reach, _CMP_NGT_UQ)) == 0) continue;
+    const Vec score = Vec(x) - at::vec::minimum(uniform, Vec(1.0f - 0x1p-24f)).neg().log1p().neg().log();
+    score.store(scores);
+    for (int64_t l = 0; l < std::min(kLanes, end - i); ++l)
+      if (scores[l] > leg.best) {
+        leg.best = scores[l];
+        leg.id = i + l;
+        slack = _mm512_set1_ps(std::exp(-leg.best) * 1.001f);
+      }
+  }
+  leg.total = _mm512_reduce_add_pd(total);
+  return leg;
+}
+
+// Draws one token of each row of logits [rows, vocab], none truncated, by an exponential race: winners [rows], their
+// logprobs under the scaled distribution [rows] double, and how many tokens could be drawn [rows].
+// temperatures [rows] float32, keys [rows, 2] int32.
+inline void race(const Tensor& logits, const Tensor& temperatures, const Tensor& keys, const Tensor& winners,
+                 const Tensor& logprobs, const Tensor& sizes) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1), chunks = (vocab + kChunk - 1) / kChunk;
+  const float *all = data<float>(logits), *temperature = data<float>(temperatures);
+  const int32_t* key = data<int32_t>(keys);
+  std::vector<float> peaks(rows * chunks);
+  std::vector<Leg> legs(rows * chunks);
+  const auto largest = [&](int64_t r) { return *std::max_element(&peaks[r * chunks], &peaks[0] + (r + 1) * chunks); };
+  Team& team = Team::get();
+  team.run([&] {
+    team.each(rows * chunks, [&](int64_t i) {
+      const int64_t begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
+      const float* row = all + i / chunks * vocab;
+      __m512 peak = _mm512_set1_ps(kMasked);
+      for (int64_t j = begin; j < end; j += kLanes)
+        peak = _mm512_max_ps(peak, _mm512_mask_loadu_ps(peak, first_lanes(end - j), row + j));
+      peaks[i] = _mm512_reduce_max_ps(peak);
+    });
+    team.each(rows * chunks, [&](int64_t i) {
+      const int64_t r = i / chunks, begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
+      legs[i] = run(all + r * vocab, begin, end, largest(r), temperature[r], key + 2 * r);
+    });
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    Leg whole;
+    for (int64_t i = r * chunks; i < (r + 1) * chunks; ++i) {
+      whole.total += legs[i].total;
+      whole.size += legs[i].size;
+      if (legs[i].best > whole.best) {
+        whole.best = legs[i].best;
+        whole.id = legs[i].id;
+      }
+    }
+    const float scaled = (all[r * vocab + whole.id] - largest(r)) / temperature[r];
+    data<int64_t>(winners)[r] = whole.id;
+    data<double>(logprobs)[r] = scaled - std::log(whole.total);
+    data<int64_t>(sizes)[r] = whole.size;
+  }
+}
+
+}  // namespace logprobs

@@ -1,0 +1,163 @@
+// Products of rows with packed weights. Each sum runs through its inputs in one order whatever the number of rows.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/native/CPUBlas.h>
+#include <sys/mman.h>
+
+#include <cstdlib>
+
+#include "rows.h"
+#include "threads.h"
+
+namespace logprobs {
+
+using at::Tensor;
+
+constexpr int64_t kColumns = 32;   // outputs that one block of packed weights gives
+constexpr int64_t kInputs = 64;    // inputs that one float32 sum takes before it is added to the others
+constexpr int kRows = 12;          // rows that one read of a block serves: all registers hold sums
+constexpr int64_t kRowTile = 192;  // rows whose inputs stay in the second cache while blocks pass
+constexpr int64_t kAhead = 1024;   // bytes of weights called for ahead of their use
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// Memory in pages of 2 MiB where the system has them: a pass reads all weights, and small pages make it wait.
+inline Tensor huge(at::IntArrayRef shape, at::ScalarType type) {
+  constexpr int64_t kPage = 2 << 20;
+  const int64_t bytes = c10::multiply_integers(shape) * c10::elementSize(type);
+  const int64_t whole = (std::max<int64_t>(bytes, 1) + kPage - 1) / kPage * kPage;
+  void* memory = std::aligned_alloc(kPage, whole);
+  TORCH_CHECK(memory != nullptr, "no memory for ", whole, " bytes");
+  madvise(memory, whole, MADV_HUGEPAGE);
+  return at::from_blob(memory, shape, [](void* pointer) { std::free(pointer); }, at::TensorOptions().dtype(type));
+}
+
+// Blocks of 32 outputs.
+inline int64_t blocks_of(int64_t outputs) { return (outputs + kColumns - 1) / kColumns; }
+
+// Weights [out, in] as blocks of 32 outputs: [blocks][in][32], bfloat16 in pairs of inputs, [blocks][in / 2][32][2].
+// Put into `packed`, which has blocks · in · 32 elements.
+inline void pack(const Tensor& weight, const Tensor& packed) {
+  const int64_t out = weight.size(0), in = weight.size(1), blocks = blocks_of(out);
+  const int64_t pair = weight.scalar_type() == at::kFloat ? 1 : 2;
+  TORCH_CHECK(in % pair == 0, "an odd number of inputs in bfloat16");
+  const Tensor padded = at::constant_pad_nd(weight, {0, 0, 0, blocks * kColumns - out});
+  packed.view({blocks, in / pair, kColumns, pair}).copy_(padded.view({blocks, kColumns, in / pair, pair}).permute({0, 2, 1, 3}));
+}
+
+template <class T>
+struct Packed {
+  const T* weights;
+  const float* bias;  // [outputs], or none
+  int64_t outputs, in;
+};
+
+// Sums of R rows with one block of weights, as registers [row][left, right half of the block].
+template <int R>
+struct Sums {
+  __m512 at[R][2];
+};
+
+template <int R>
+inline void multiply(const float* x, int64_t ldx, const float* weights, int64_t in, Sums<R>& sums) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) sums.at[r][0] = sums.at[r][1] = _mm512_setzero_ps();
+  for (int64_t from = 0; from < in; from += kInputs) {
+    const int64_t to = std::min(in, from + kInputs);
+    __m512 part[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_setzero_ps();
+    for (int64_t i = from; i < to; ++i) {
+      const float* line = weights + i * kColumns;
+      _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead + 64, _MM_HINT_T0);
+      const __m512 left = _mm512_loadu_ps(line), right = _mm512_loadu_ps(line + 16);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const __m512 input = _mm512_set1_ps(x[r * ldx + i]);
+        part[r][0] = _mm512_fmadd_ps(input, left, part[r][0]);
+        part[r][1] = _mm512_fmadd_ps(input, right, part[r][1]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      for (int side = 0; side < 2; ++side) sums.at[r][side] = _mm512_add_ps(sums.at[r][side], part[r][side]);
+  }
+}
+
+// Products of pairs of bfloat16 numbers, added to the sums.
+inline __m512 add_pairs(__m512 sums, __m512i a, __m512i b) {
+#ifdef __AVX512BF16__
+  return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
+#else
+  const auto second = [](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xFFFF0000))); };
+  const auto first = [](__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); };
+  return _mm512_fmadd_ps(first(a), first(b), _mm512_fmadd_ps(second(a), second(b), sums));
+#endif
+}
+
+template <int R>
+inline void multiply(const BFloat16* x, int64_t ldx, const BFloat16* weights, int64_t in, Sums<R>& sums) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) sums.at[r][0] = sums.at[r][1] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < in; i += 2) {
+    const BFloat16* line = weights + i * kColumns;
+    _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead + 64, _MM_HINT_T0);
+    const __m512i left = _mm512_loadu_si512(line), right = _mm512_loadu_si512(line + kColumns);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, x + r * ldx + i, sizeof pair);
+      const __m512i input = _mm512_set1_epi32(pair);
+      sums.at[r][0] = add_pairs(sums.at[r][0], left, input);
+      sums.at[r][1] = add_pairs(sums.at[r][1], right, input);
+    }
+  }
+}
+
+// f(integral_constant R, first row) for rows in groups of nearly equal size, at most kMost each.
+template <int kMost, class F>
+inline void each_group(int64_t rows, F f) {
+  const int64_t groups = (rows + kMost - 1) / kMost;
+  for (int64_t g = 0, row = 0; g < groups; ++g) {
+    const int64_t count = (rows - row + groups - g - 1) / (groups - g);
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+      ((count == I + 1 && (f(std::integral_constant<int, I + 1>{}, row), true)) || ...);
+    }(std::make_integer_sequence<int, kMost>{});
+    row += count;
+  }
+}
+
+// emit(row, block, left, right) for every row of x[rows, in] and every block of outputs: 16 + 16 sums with the bias
+// added. Leading dimension of x: ldx. Called by every member of the team.
+template <class T, class F>
+void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>& by, F emit) {
+  const int64_t blocks = blocks_of(by.outputs), tiles = (rows + kRowTile - 1) / kRowTile;
+  const int64_t height = (rows + tiles - 1) / tiles;
+  const int64_t width = std::max<int64_t>(1, blocks / (8 * team.size())), shares = (blocks + width - 1) / width;
+  const auto with_bias = [&](int64_t row, int64_t block, __m512 left, __m512 right) {
+    if (by.bias != nullptr) {
+      const int64_t column = block * kColumns, rest = by.outputs - column;
+      left = _mm512_add_ps(left, load(by.bias + column, first_lanes(rest)));
+      right = _mm512_add_ps(right, load(by.bias + column + kLanes, first_lanes(rest - kLanes)));
+    }
+    emit(row, block, left, right);
+  };
+  team.each(tiles * shares, [&](int64_t task) {
+    const int64_t top = task / shares * height, count = std::min(height, rows - top);
+    const int64_t begin = task % shares * width, end = std::min(blocks, begin + width);
+    for (int64_t block = begin; block < end; ++block)
+      each_group<kRows>(count, [&](auto group, int64_t row) {
+        Sums<group.value> sums;
+        multiply<group.value>(x + (top + row) * ldx, ldx, by.weights + block * by.in * kColumns, by.in, sums);
+        for (int r = 0; r < group.value; ++r) with_bias(top + row + r, block, sums.at[r][0], sums.at[r][1]);
+      });
+  });
+}
+
+}  // namespace logprobs

@@ -1,0 +1,147 @@
+// Rows of numbers: vectors of 16, exponentials, norms, activations, rotation. What a row becomes depends on it alone.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+namespace logprobs {
+
+using at::BFloat16;
+using at::Half;
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t kLanes = 16;
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
+constexpr __mmask16 kAll = 0xFFFF;
+
+// The first `count` lanes, none below 0, all above 16.
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1);
+}
+
+inline __m512 load(const float* from, __mmask16 mask = kAll) { return _mm512_maskz_loadu_ps(mask, from); }
+inline __m512 load(const Half* from, __mmask16 mask = kAll) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
+}
+inline __m512 load(const BFloat16* from, __mmask16 mask = kAll) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+inline void store(float* to, __m512 values, __mmask16 mask = kAll) { _mm512_mask_storeu_ps(to, mask, values); }
+// float16 holds numbers up to 65,504; larger ones become that, NaN stays NaN.
+inline void store(Half* to, __m512 values, __mmask16 mask = kAll) {
+  const __m512 limit = _mm512_set1_ps(65504.0f);
+  values = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, values));
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store(BFloat16* to, __m512 values, __mmask16 mask = kAll) {
+#ifdef __AVX512BF16__
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(values);
+#else
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32(even, nan, _mm512_set1_epi32(0x7FC00000));
+  const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+#endif
+  _mm256_mask_storeu_epi16(to, mask, rounded);
+}
+
+// e to the power of each lane, at most 1 ulp off up to 88; exactly 0 below -104, -inf included. Cody-Waite reduction
+// and Cephes' polynomial for expf.
+inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+  const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(power, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_scalef_ps(p, power);
+}
+
+// Sum of all lanes in double.
+inline __m512d add_halves(__m512 values) {
+  return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(values)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
+}
+
+template <class F>
+inline void each_vector(int64_t size, F f) {
+  for (int64_t i = 0; i < size; i += kLanes) f(i, first_lanes(size - i));
+}
+
+// LayerNorm if `centred`, RMSNorm else.
+struct Norm {
+  const float* weight;
+  const float* bias;
+  float eps;
+  bool centred;
+};
+
+// out = norm(x) · weight + bias, of one row, added to what `out` holds if `add`.
+template <class T>
+void norm_row(const float* x, int64_t size, const Norm& how, T* out, bool add = false) {
+  __m512 mean = _mm512_setzero_ps();
+  if (how.centred) {
+    __m512 total = _mm512_setzero_ps();
+    each_vector(size, [&](int64_t i, __mmask16 lanes) { total = _mm512_add_ps(total, load(x + i, lanes)); });
+    mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / size);
+  }
+  __m512 squares = _mm512_setzero_ps();
+  each_vector(size, [&](int64_t i, __mmask16 lanes) {
+    const __m512 value = _mm512_maskz_sub_ps(lanes, load(x + i, lanes), mean);
+    squares = _mm512_fmadd_ps(value, value, squares);
+  });
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / size + how.eps));
+  each_vector(size, [&](int64_t i, __mmask16 lanes) {
+    __m512 value = _mm512_mul_ps(_mm512_sub_ps(load(x + i, lanes), mean), scale);
+    value = _mm512_mul_ps(value, load(how.weight + i, lanes));
+    if (how.bias != nullptr) value = _mm512_add_ps(value, load(how.bias + i, lanes));
+    if constexpr (std::is_same_v<T, float>) {
+      if (add) value = _mm512_add_ps(value, load(out + i, lanes));
+    }
+    store(out + i, value, lanes);
+  });
+}
+
+enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
+
+inline __m512 activated(__m512 x, int64_t kind) {
+  const Vec v(x), half(0.5f), one(1.0f);
+  switch (kind) {
+    case kSilu:
+      return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x),
+                                                                           _mm512_set1_ps(88.0f)))));
+    case kGeluTanh:
+      return half * v * (one + (Vec(0.7978845608028654f) * (v + Vec(0.044715f) * v * v * v)).tanh());
+    case kGelu:
+      return half * v * (one + (v * Vec(0.7071067811865476f)).erf());
+    default:
+      return at::vec::maximum(v, Vec(0.0f));
+  }
+}
+
+// Turns the first `rotary` dimensions: x1 cos - x2 sin, x2 cos + x1 sin. turn: [rotary] of the position, cosines first.
+inline void rotate(float* x, int64_t rotary, const float* turn) {
+  const int64_t half = rotary / 2;
+  each_vector(half, [&](int64_t i, __mmask16 lanes) {
+    const __m512 a = load(x + i, lanes), b = load(x + half + i, lanes);
+    const __m512 cosine = load(turn + i, lanes), sine = load(turn + half + i, lanes);
+    store(x + i, _mm512_fmsub_ps(a, cosine, _mm512_mul_ps(b, sine)), lanes);
+    store(x + half + i, _mm512_fmadd_ps(b, cosine, _mm512_mul_ps(a, sine)), lanes);
+  });
+}
+
+}  // namespace logprobs
