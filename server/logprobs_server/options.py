@@ -10,7 +10,7 @@ from logprobs.v1 import logprobs_pb2 as pb
 from logprobs_server.engine.types import LogprobOptions, ModelDescription, SamplingOptions, StoppingOptions
 from logprobs_server.errors import shown
 from logprobs_server.requests import Limits, RankingCriterion, RankingPlan
-from logprobs_server.rules import Rules, check_ids
+from logprobs_server.rules import Rules, check_id, check_ids
 
 __all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_SAMPLING", "OptionReader"]
 
@@ -51,31 +51,30 @@ class OptionReader:
 
     def sampling(self, rules: Rules, given: pb.Sampling, count: int) -> SamplingOptions:
         """How `count` completions are drawn; the seed too if the request gives none."""
-
-        def value(name: str) -> float:
-            return getattr(given if given.HasField(name) else DEFAULT_SAMPLING, name)  # type: ignore[no-any-return, arg-type]
-
-        temperature, top_k, top_p, min_p = (
-            value("temperature"),
-            int(value("top_k")),
-            value("top_p"),
-            value("min_p"),
-        )
-        rules.check(
-            math.isfinite(temperature) and temperature >= 0,
-            "sampling.temperature",
-            f"{temperature:g} is no finite number of at least 0",
-        )
-        rules.check(top_k >= 0, "sampling.top_k", f"{top_k} is below 0")
-        rules.check(0 < top_p <= 1, "sampling.top_p", f"{top_p:g} is outside (0, 1]")
-        rules.check(0 <= min_p <= 1, "sampling.min_p", f"{min_p:g} is outside [0, 1]")
-        for name in ("typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            rules.unsupported(value(name) != getattr(DEFAULT_SAMPLING, name), f"sampling.{name}")
-        rules.unsupported(bool(given.logit_bias), "sampling.logit_bias")
+        chosen = pb.Sampling()
+        chosen.CopyFrom(DEFAULT_SAMPLING)
+        chosen.MergeFrom(given)
+        _check_scalars(rules, chosen)
+        biases = sorted(given.logit_bias.items())
+        for token_id, bias in biases:
+            check_id(rules, f"sampling.logit_bias[{token_id}]", token_id, self._model.vocabulary_size)
+            if not (math.isfinite(bias) or bias == -math.inf):
+                rules.broken(f"sampling.logit_bias[{token_id}]", f"{bias:g} is neither finite nor -inf")
         seed = given.seed if given.HasField("seed") else secrets.randbelow(2**32)
         last = _MAX_SEED - max(count, 1) + 1
         rules.check(0 <= seed <= last, "sampling.seed", f"{seed} is outside [0, {last}]")
-        return SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        return SamplingOptions(
+            temperature=chosen.temperature,
+            top_k=chosen.top_k,
+            top_p=chosen.top_p,
+            min_p=chosen.min_p,
+            typical_p=chosen.typical_p,
+            repetition_penalty=chosen.repetition_penalty,
+            presence_penalty=chosen.presence_penalty,
+            frequency_penalty=chosen.frequency_penalty,
+            logit_bias=tuple((token_id, bias) for token_id, bias in biases if bias != 0),
+            seed=seed,
+        )
 
     def stopping(self, rules: Rules, given: pb.Stopping, max_tokens: int) -> StoppingOptions:
         """What ends completions."""
@@ -124,3 +123,24 @@ class OptionReader:
         )
         rules.check(math.isfinite(exponent) and abs(exponent) <= 10, field, f"{exponent:g} is outside [-10, 10]")
         return RankingPlan(criterion=criterion, length_exponent=exponent)
+
+
+def _check_scalars(rules: Rules, chosen: pb.Sampling) -> None:
+    temperature, penalty = chosen.temperature, chosen.repetition_penalty
+    rules.check(
+        math.isfinite(temperature) and temperature >= 0,
+        "sampling.temperature",
+        f"{temperature:g} is no finite number of at least 0",
+    )
+    rules.check(chosen.top_k >= 0, "sampling.top_k", f"{chosen.top_k} is below 0")
+    rules.check(0 < chosen.top_p <= 1, "sampling.top_p", f"{chosen.top_p:g} is outside (0, 1]")
+    rules.check(0 <= chosen.min_p <= 1, "sampling.min_p", f"{chosen.min_p:g} is outside [0, 1]")
+    rules.check(0 < chosen.typical_p <= 1, "sampling.typical_p", f"{chosen.typical_p:g} is outside (0, 1]")
+    rules.check(
+        math.isfinite(penalty) and penalty > 0,
+        "sampling.repetition_penalty",
+        f"{penalty:g} is no finite number above 0",
+    )
+    for name in ("presence_penalty", "frequency_penalty"):
+        taken = getattr(chosen, name)
+        rules.check(math.isfinite(taken), f"sampling.{name}", f"{taken:g} is not finite")

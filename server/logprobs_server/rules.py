@@ -13,7 +13,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from logprobs_server.errors import MAX_VIOLATIONS, InvalidRequestError, Violation
 
-__all__ = ["NOT_YET", "Rules", "check_ids", "unknown_parts"]
+__all__ = ["NOT_YET", "Rules", "check_id", "check_ids", "unknown_parts"]
 
 NOT_YET = "is not supported by this server yet"
 
@@ -51,11 +51,16 @@ class Rules:
             raise InvalidRequestError(self._violations, self.num_broken - len(self._violations))
 
 
+def check_id(rules: Rules, field: str, token_id: int, vocabulary_size: int) -> None:
+    """Notes an id outside the vocabulary."""
+    if not 0 <= token_id < vocabulary_size:
+        rules.broken(field, f"{token_id} is outside the vocabulary, [0, {vocabulary_size - 1}]")
+
+
 def check_ids(rules: Rules, field: str, ids: Sequence[int], vocabulary_size: int) -> None:
     """Notes every id outside the vocabulary."""
     for i, token_id in enumerate(ids):
-        if not 0 <= token_id < vocabulary_size:
-            rules.broken(f"{field}[{i}]", f"{token_id} is outside the vocabulary, [0, {vocabulary_size - 1}]")
+        check_id(rules, f"{field}[{i}]", token_id, vocabulary_size)
 
 
 def unknown_parts(message: Message, path: str = "") -> Iterator[Violation]:

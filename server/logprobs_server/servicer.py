@@ -13,7 +13,14 @@ from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceServicer
 
 from logprobs_server.engine.types import Engine, EngineUnavailableError, Event, Job, JobFailed, JobFinished
-from logprobs_server.errors import EngineFailedError, NotReadyError, OverloadedError, UnimplementedError
+from logprobs_server.errors import (
+    EngineFailedError,
+    InvalidRequestError,
+    NotReadyError,
+    OverloadedError,
+    UnimplementedError,
+    Violation,
+)
 from logprobs_server.messages import GenerateMessages, MessageBuilder, ScoreMessages
 from logprobs_server.validation import Validator
 
@@ -133,4 +140,7 @@ def _failure(event: JobFailed) -> Exception:
         return NotReadyError("the server is shutting down", reason=event.reason)
     if event.reason == "MODEL_YIELDED_NAN":
         return EngineFailedError("the model yielded no distribution for a position", reason=event.reason)
+    if event.reason == "NOTHING_TO_DRAW":
+        rule = "bias and min_tokens leave nothing to draw, they mask all that the model holds possible"
+        return InvalidRequestError([Violation("sampling", rule)], 0)
     return EngineFailedError("the engine failed")

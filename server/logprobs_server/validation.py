@@ -6,13 +6,23 @@ sit together. What this server does not do yet is refused by the name of its fie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from google.protobuf.message import Message
 from logprobs.v1 import logprobs_pb2 as pb
 
-from logprobs_server.engine.types import Continuation, GenerateJob, Job, LogprobOptions, ModelDescription, ScoreJob
+from logprobs_server.engine.types import (
+    Continuation,
+    GenerateJob,
+    Job,
+    LogprobOptions,
+    ModelDescription,
+    SamplingOptions,
+    ScoreJob,
+    StoppingOptions,
+)
 from logprobs_server.inputs import InputReader
 from logprobs_server.options import DEFAULT_MAX_TOKENS, OptionReader
 from logprobs_server.requests import GeneratePlan, GivenText, Limits, ScorePlan
@@ -127,6 +137,7 @@ class Validator:
         rules.unsupported(request.HasField("beam_search"), "beam_search")
         sampling = self._options.sampling(rules, request.sampling, count)
         stopping = self._options.stopping(rules, request.stopping, max_tokens)
+        self._leaves_some(rules, sampling, stopping)
         ranking = self._options.ranking(rules, request.ranking)
         options = self._options.logprobs(rules, "logprobs", request.logprobs)
         wants_prompt = request.HasField("prompt_logprobs")
@@ -191,6 +202,16 @@ class Validator:
             rules.broken(unknown.field, unknown.description)
         rules.done()
         return rules
+
+    def _leaves_some(self, rules: Rules, sampling: SamplingOptions, stopping: StoppingOptions) -> None:
+        """At every step there must be a token to draw."""
+        masked = {token_id for token_id, bias in sampling.logit_bias if bias == -math.inf}
+        if stopping.min_tokens:
+            masked.update(stopping.token_ids, () if stopping.ignore_eos else self._model.eos_token_ids)
+        size = self._model.vocabulary_size
+        rules.check(
+            len(masked) < size, "sampling.logit_bias", f"with min_tokens masks all {size} tokens; none is left to draw"
+        )
 
     def _cost(self, rules: Rules, field: str, positions: int, options: LogprobOptions) -> None:
         each, limit = options.top_count + len(options.token_ids), self._limits.alternatives

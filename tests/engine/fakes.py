@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -173,12 +174,13 @@ def running_engine(
 
 def generate_job(prompt: Sequence[int], *, max_tokens: int = 20, count: int = 1, **given: Any) -> GenerateJob:
     """Samples at temperature 1 with seed 1 and no stop unless told otherwise."""
-    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
+    sampling = {field.name: given.pop(field.name) for field in fields(SamplingOptions) if field.name in given}
     return GenerateJob(
         prompt=tuple(prompt),
         max_tokens=max_tokens,
         completion_count=count,
-        sampling=SamplingOptions(**(sampling | {name: given.pop(name) for name in sampling if name in given})),
+        sampling=SamplingOptions(**(neutral | sampling)),
         stopping=given.pop("stopping", StoppingOptions(ignore_eos=True)),
         logprobs=LogprobOptions(top_count=2),
         **given,

@@ -107,7 +107,18 @@ def test_jobs_side_by_side_get_what_each_gets_alone() -> None:
             assert listener.scored(index) == one.scored(index)
 
 
-@pytest.mark.parametrize("cuts", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        {},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.05},
+        {"typical_p": 0.7},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.4, "logit_bias": ((5, 3.0),)},
+    ],
+    ids=str,
+)
 def test_completion_i_of_seed_s_is_the_completion_of_seed_s_plus_i(cuts: dict[str, Any]) -> None:
     with running_engine(FakeModel(num_blocks=120)) as engine:
         many = Listener(engine, generate_job(PROMPT, count=20, seed=100, **cuts))
@@ -180,6 +191,20 @@ def test_what_ends_a_completion(stopping: StoppingOptions, num_tokens: int, reas
         assert len(listener.token_ids()) == num_tokens
     [finished] = [event for event in listener.events if isinstance(event, CompletionFinished)]
     assert (finished.reason, finished.token_count) == (reason, num_tokens)
+
+
+def test_no_token_left_to_draw_ends_the_job_that_met_it_and_no_other() -> None:
+    def only_zero(history: tuple[int, ...]) -> Tensor:
+        found = random_logits(history)
+        return found.index_fill(0, torch.arange(1, VOCABULARY_SIZE), -torch.inf) if history[-1] == 255 else found
+
+    banned = ((0, -torch.inf),)
+    with running_engine(FakeModel(only_zero)) as engine:
+        bad = [Listener(engine, generate_job((255,), temperature=t, logit_bias=banned)) for t in (0.0, 1.0)]
+        good = Listener(engine, generate_job(PROMPT, logit_bias=(*banned, (255, -torch.inf))))
+        assert [listener.failure() for listener in bad] == ["NOTHING_TO_DRAW"] * 2
+        assert good.failure() is None
+        assert engine.num_free_blocks == engine.num_blocks
 
 
 def test_a_completion_ends_where_the_context_is_full() -> None:

@@ -85,6 +85,15 @@ def test_a_model_that_yields_no_distribution_is_internal_with_a_reason_of_its_ow
     _check_internal(refusal(lambda: answer(tiny, request_)), "MODEL_YIELDED_NAN")
 
 
+def test_nothing_to_draw_is_the_requests_fault(tiny: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.engine, "submit", ends_with(JobFailed(reason="NOTHING_TO_DRAW", detail=SECRET)))
+    refused = refusal(lambda: answer(tiny, GENERATE))
+    assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.fields == ["sampling"]
+    assert "leave nothing to draw" in refused.message
+    assert SECRET not in refused.message
+
+
 def test_an_engine_that_shuts_down_makes_the_service_unavailable(
     request_: Any, tiny: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

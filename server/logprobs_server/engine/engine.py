@@ -224,6 +224,8 @@ class TorchEngine:
                 continue
             if position is None:
                 self._fail(job, "MODEL_YIELDED_NAN", "the logits of a position hold NaN or +inf")
+            elif index in drawn and drawn[index].set_size == 0:
+                self._fail(job, "NOTHING_TO_DRAW", "every token is masked")
             elif index in drawn:
                 self._accept(row.sequence, position, drawn[index])
             else:

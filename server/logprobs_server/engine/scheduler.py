@@ -181,7 +181,7 @@ class Scheduler:
         else:
             assert isinstance(job.job, GenerateJob)
             room = self._limits.context_length - prefix
-            branch.completion = Completion(job.job, index, self._eos, room)
+            branch.completion = Completion(job.job, index, self._eos, room, job.adjustment)
         job.next_branch += 1
         job.branches.add(branch)
         self._sequences.append(branch)

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from logprobs_server.engine.adjustment import Adjustment, JobAdjustment
 from logprobs_server.engine.sampling import Draw
 from logprobs_server.engine.types import (
     CompletionDecoded,
@@ -101,7 +103,14 @@ class Sequence:
 class Completion:
     """One completion: what was drawn so far, its text, and whether that ends it."""
 
-    def __init__(self, job: GenerateJob, index: int, eos_token_ids: frozenset[int], room: int) -> None:
+    def __init__(
+        self,
+        job: GenerateJob,
+        index: int,
+        eos_token_ids: frozenset[int],
+        room: int,
+        adjustment: JobAdjustment | None,
+    ) -> None:
         self._stopping = job.stopping
         self._sampling = job.sampling
         self._index = index
@@ -110,6 +119,7 @@ class Completion:
         self._limit = min(job.max_tokens, room)
         self._limit_reason = FinishReason.MAX_TOKENS if job.max_tokens <= room else FinishReason.CONTEXT_FULL
         self._text = CompletionText(job.stopping.strings, job.stopping.include)
+        self._adjustment = None if adjustment is None else Adjustment(adjustment)
         self._waiting: deque[tuple[PositionLogprobs, float, int]] = deque()
         self._masked = tuple(sorted(self._stop_tokens | (frozenset() if job.stopping.ignore_eos else eos_token_ids)))
         self.num_tokens = 0
@@ -127,6 +137,7 @@ class Completion:
             options=self._sampling,
             seed=self._sampling.seed + self._index,
             position=self.num_tokens,
+            adjustment=self._adjustment,
             masked_ids=self._masked if self.num_tokens < self._stopping.min_tokens else (),
         )
 
@@ -138,6 +149,8 @@ class Completion:
         assert token_id is not None
         assert logprob is not None
         self.num_tokens += 1
+        if self._adjustment is not None:
+            self._adjustment.count(token_id)
         self._logprob += logprob
         self._sampling_logprob += sampling_logprob
         self._waiting.append((position, sampling_logprob, set_size))
@@ -241,6 +254,14 @@ class JobState:
         if isinstance(self.job, ScoreJob):
             return len(self.job.continuations)
         return self.job.completion_count
+
+    @cached_property
+    def adjustment(self) -> JobAdjustment | None:
+        """What bias and penalties do to the logits of its completions; None if nothing."""
+        if isinstance(self.job, ScoreJob):
+            return None
+        sampling = self.job.sampling
+        return JobAdjustment(sampling, self.job.prompt) if sampling.penalizes or sampling.logit_bias else None
 
     @property
     def awaits_branches(self) -> bool:

@@ -49,13 +49,26 @@ class LogprobOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are drawn; `seed` is that of completion 0, completion i uses `seed + i`."""
+    """How tokens are drawn; `seed` is that of completion 0, completion i uses `seed + i`.
+
+    logit_bias: token ids, each once, and what is added to their logits.
+    """
 
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     seed: int
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that occurred count."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
