@@ -305,11 +305,14 @@ def _linear(module: Any) -> Linear:
 
 
 def _joined(owner: Any, names: Sequence[str]) -> Linear:
-    """Several linear layers of one input as one."""
+    """Several linear layers of one input as one, of which the model's own weights become parts: none is held twice."""
     parts = [getattr(owner, name) for name in names]
     biases = [part.bias for part in parts]
+    weight = torch.cat([part.weight.detach() for part in parts])
+    for part, rows in zip(parts, torch.split(weight, [len(part.weight) for part in parts]), strict=True):
+        part.weight = nn.Parameter(rows, requires_grad=False)
     return Linear(
-        weight=torch.cat([part.weight for part in parts]),
+        weight=weight,
         bias=None if biases[0] is None else torch.cat(biases).float(),
     )
 
