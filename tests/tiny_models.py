@@ -13,7 +13,16 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-__all__ = ["ARCHITECTURES", "CONTEXT_LENGTH", "EOS_ID", "VOCABULARY_SIZE", "save_model", "save_tiny_model"]
+__all__ = [
+    "ARCHITECTURES",
+    "CONTEXT_LENGTH",
+    "EOS_ID",
+    "RELATIVES",
+    "VOCABULARY_SIZE",
+    "save_model",
+    "save_tiny_model",
+    "tiny_model",
+]
 
 VOCABULARY_SIZE = 300
 CONTEXT_LENGTH = 2048
@@ -48,24 +57,44 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": _GATED,
 }
 ARCHITECTURES = tuple(_CONFIGS)
+_RELATIVES: dict[str, dict[str, Any]] = {
+    "phi3": {**_DECODER, "intermediate_size": 96, "num_key_value_heads": 2},
+    "qwen2": {**_DECODER, "intermediate_size": 96, "num_key_value_heads": 2},
+}
+RELATIVES = tuple(_RELATIVES)
+"""More architectures, which differ from those above in how they store weights."""
 _SEEDS = {"gpt2": 1, "gpt_neox": 19, "opt": 1, "qwen3": 5}
 """Seeds other than 0, chosen so that greedy decoding of the tests' prompts is lively and never near a tie."""
 
 
 def save_tiny_model(architecture: str, folder: Path) -> None:
     """Writes a random model of that architecture and a byte-level tokenizer, as `--model FOLDER` reads them."""
-    settings = {"vocab_size": VOCABULARY_SIZE, **_COMMON, **_CONFIGS[architecture]}
-    save_model(transformers.AutoConfig.for_model(architecture, **settings), folder, _SEEDS.get(architecture, 0))
+    _save(tiny_model(architecture), folder)
+
+
+def tiny_model(architecture: str) -> Any:
+    """A random model of that architecture, float32."""
+    settings = {"vocab_size": VOCABULARY_SIZE, **_COMMON, **(_CONFIGS | _RELATIVES)[architecture]}
+    config = transformers.AutoConfig.for_model(architecture, **settings)
+    return _random_model(config, _SEEDS.get(architecture, 0))
 
 
 def save_model(config: Any, folder: Path, seed: int = 0) -> None:
     """Writes a random model with this configuration and a byte-level tokenizer of `VOCABULARY_SIZE` entries."""
+    _save(_random_model(config, seed), folder)
+
+
+def _random_model(config: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms are made as ones and biases as zeroes, which would hide them
                 parameter += _SPREAD * torch.randn_like(parameter)
+    return model
+
+
+def _save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     _tokenizer().save(str(folder / "tokenizer.json"))
 

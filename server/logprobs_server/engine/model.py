@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from transformers.utils import cached_file
 
 from logprobs_server.engine import kernels
 from logprobs_server.engine.batch import Chunk, Model
-from logprobs_server.engine.decoder import architecture_of
+from logprobs_server.engine.decoder import Architecture, architecture_of
+from logprobs_server.engine.device import DeviceModel
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
 from logprobs_server.engine.lean import LeanModel, kept_dtype
 from logprobs_server.engine.types import ModelDescription
@@ -39,6 +42,7 @@ __all__ = [
     "load_tokenizer",
 ]
 
+_log = logging.getLogger(__name__)
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _UNLIMITED_CONTEXT = 2048
 """Context of models whose positions have no end and whose configuration names none: BLOOM was trained on 2,048."""
@@ -209,7 +213,7 @@ class TransformersModel:
 
 
 def load_model(options: LoadOptions) -> Model:
-    """Loads a model's weights and makes it ready to run: on the lean path where its family and the machine allow it.
+    """Loads a model's weights and makes it ready to run: on a path of our own where family and machine allow it.
 
     Raises:
         ModelNotServableError: with the reason.
@@ -231,8 +235,10 @@ def load_model(options: LoadOptions) -> Model:
     description = _description(options, config, model)
     try:
         ids, plain = _plain_logits(model, description)
-        served = _lean_model(model, description, options) or TransformersModel(model, description, options)
-        _check(served, ids, plain, _CHECK_TOLERANCE[model.dtype])
+        check = partial(_check, ids=ids, plain=plain, tolerance=_CHECK_TOLERANCE[model.dtype])
+        fast = _device_model(model, description, options, check) if _is_gpu(device) else None
+        served = fast or _lean_model(model, description, options) or TransformersModel(model, description, options)
+        check(served)
         return served
     except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
         reason = f"{options.name}: {type(model).__name__} cannot be run through a KV cache: {_first_line(error)}"
@@ -247,10 +253,36 @@ def _lean_model(model: Any, description: ModelDescription, options: LoadOptions)
     architecture = architecture_of(model, description.context_length)
     if architecture is None or not kernels.load(options.kernels_dir):
         return None
+    num_blocks = _blocks_of(architecture, model, description, options)
+    return LeanModel(architecture, description, dtype=model.dtype, num_blocks=num_blocks)
+
+
+@torch.inference_mode()
+def _device_model(
+    model: Any, description: ModelDescription, options: LoadOptions, check: Callable[[Model], None]
+) -> DeviceModel | None:
+    """The model on the device path; None where that does not know its family, or fails on this device."""
+    architecture = architecture_of(model, description.context_length)
+    if architecture is None:
+        return None
+    num_blocks = _blocks_of(architecture, model, description, options)
+    try:
+        served = DeviceModel(architecture, description, dtype=model.dtype, num_blocks=num_blocks, device=model.device)
+        check(served)
+    except (ModelNotServableError, RuntimeError) as error:
+        _log.warning("left to transformers' own forward pass, which is slower: %s", _first_line(error))
+        return None
+    return served
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _blocks_of(architecture: Architecture, model: Any, description: ModelDescription, options: LoadOptions) -> int:
     kept = (architecture.key_heads, architecture.head_size)
     shapes = [(kept, kept) for _ in architecture.layers]
-    num_blocks = _num_blocks(shapes, kept_dtype(model.dtype), description, options, model.device)
-    return LeanModel(architecture, description, dtype=model.dtype, num_blocks=num_blocks)
+    return _num_blocks(shapes, kept_dtype(model.dtype), description, options, model.device)
 
 
 def load_tokenizer(path: str, name: str) -> LoadedTokenizer:
