@@ -210,11 +210,13 @@ class GenerateMessages:
     """Turns the events of a GenerateJob into the messages of its stream.
 
     Events that waited together travel together: at most one TokensDecoded for all of them, unless it grew too large.
+    Where only the best of what is drawn are told, they wait until all is drawn.
     """
 
     def __init__(self, builder: MessageBuilder, plan: GeneratePlan) -> None:
         self._builder = builder
         self._plan = plan
+        self._held: list[CompletionDecoded] = []
         self._finished: dict[int, CompletionFinished] = {}
         self._prompt_told = 0
 
@@ -227,13 +229,31 @@ class GenerateMessages:
                     yield from self._prompt([None])
             elif isinstance(event, PromptScored):
                 yield from self._prompt(event.positions)
-        yield from self._decoded([event for event in events if isinstance(event, CompletionDecoded)])
-        for event in events:
-            if isinstance(event, CompletionFinished):
-                self._finished[event.index] = event
-                yield self._finish(event)
-        if len(self._finished) == self._plan.job.completion_count > 1:
+        decoded = [event for event in events if isinstance(event, CompletionDecoded)]
+        finished = [event for event in events if isinstance(event, CompletionFinished)]
+        self._finished |= {event.index: event for event in finished}
+        ended = bool(finished) and len(self._finished) == self._plan.job.completion_count
+        if self._plan.completion_count < self._plan.job.completion_count:
+            self._held += decoded
+            if ended:
+                yield from self._winners()
+        else:
+            yield from self._decoded(decoded)
+            yield from map(self._finish, finished)
+        if ended and len(self._finished) > 1:
             yield self._ranked()
+
+    def _winners(self) -> Iterator[pb.GenerateResponse]:
+        """The best of what was drawn, each whole, best first."""
+        for index, _ in self._order()[: self._plan.completion_count]:
+            yield from self._decoded([event for event in self._held if event.index == index])
+            yield self._finish(self._finished[index])
+
+    def _order(self) -> list[tuple[int, float]]:
+        """Every completion with what it is ranked by, best first."""
+        ranking = self._plan.ranking
+        values = {i: ranking.value(e.logprob, e.token_count) for i, e in self._finished.items()}
+        return sorted(values.items(), key=lambda place: (-place[1], place[0]))
 
     def _started(self, event: JobStarted) -> pb.GenerateResponse:
         job = self._plan.job
@@ -243,7 +263,7 @@ class GenerateMessages:
                 seed=job.sampling.seed,
                 prompt_token_count=len(job.prompt),
                 cached_token_count=event.cached_token_count,
-                completion_count=job.completion_count,
+                completion_count=self._plan.completion_count,
             )
         )
 
@@ -286,15 +306,13 @@ class GenerateMessages:
         return pb.GenerateResponse(finished=finished)
 
     def _ranked(self) -> pb.GenerateResponse:
-        ranking = self._plan.ranking
-        values = {i: ranking.value(e.logprob, e.token_count) for i, e in self._finished.items()}
         return pb.GenerateResponse(
             ranked=pb.CompletionsRanked(
                 completions=[
-                    pb.RankedCompletion(completion=i, value=values[i], totals=_totals(self._finished[i]))
-                    for i in sorted(values, key=lambda i: (-values[i], i))
+                    pb.RankedCompletion(completion=index, value=value, totals=_totals(self._finished[index]))
+                    for index, value in self._order()
                 ],
-                criterion=pb.RankingCriterion.ValueType(ranking.criterion.value),
+                criterion=pb.RankingCriterion.ValueType(self._plan.ranking.criterion.value),
             )
         )
 

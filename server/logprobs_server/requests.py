@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -67,20 +68,23 @@ class RankingPlan:
     length_exponent: float = 1.0
 
     def value(self, logprob: float, token_count: int) -> float:
-        """What a completion with this total and length is ranked by; higher is better."""
+        """What a completion with this total and length is ranked by; higher is better. One of no tokens is last."""
+        if token_count == 0:
+            return -math.inf
         match self.criterion:
             case RankingCriterion.TOTAL_LOGPROB:
                 return logprob
             case RankingCriterion.MEAN_LOGPROB:
-                return logprob / max(token_count, 1)
+                return logprob / token_count
             case RankingCriterion.LENGTH_NORMALIZED:
-                return logprob / float(max(token_count, 1) ** self.length_exponent)
+                return logprob / float(token_count**self.length_exponent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratePlan:
-    """A valid GenerateRequest."""
+    """A valid GenerateRequest; the best `completion_count` of the completions that the job draws are told."""
 
     job: GenerateJob
     prompt: GivenText
+    completion_count: int
     ranking: RankingPlan

@@ -26,7 +26,7 @@ from logprobs_server.engine.types import (
 from logprobs_server.inputs import InputReader
 from logprobs_server.options import DEFAULT_MAX_TOKENS, OptionReader
 from logprobs_server.requests import GeneratePlan, GivenText, Limits, ScorePlan
-from logprobs_server.rules import NOT_YET, Rules, check_ids, unknown_parts
+from logprobs_server.rules import Rules, check_ids, unknown_parts
 from logprobs_server.text.vocabulary import Vocabulary
 
 __all__ = ["Validator"]
@@ -120,12 +120,7 @@ class Validator:
         """
         rules = self._start(request)
         max_tokens = request.max_tokens if request.HasField("max_tokens") else DEFAULT_MAX_TOKENS
-        count = request.completion_count if request.HasField("completion_count") else 1
-        limit = self._limits.completion_count
-        rules.check(1 <= count <= limit, "completion_count", f"{count} is outside [1, {limit}]")
-        if request.HasField("best_of") and request.best_of != count:
-            known = request.best_of < count
-            rules.broken("best_of", f"{request.best_of} is below completion_count, {count}" if known else NOT_YET)
+        count, draws = self._counts(rules, request, max_tokens)
         rules.check(max_tokens >= 0, "max_tokens", f"{max_tokens} is below 0")
         if max_tokens == 0:
             rules.check(
@@ -133,9 +128,8 @@ class Validator:
                 "max_tokens",
                 "0 generates nothing and needs prompt_logprobs",
             )
-            rules.check(count == 1, "completion_count", f"max_tokens 0 goes with one completion, not {count}")
         rules.unsupported(request.HasField("beam_search"), "beam_search")
-        sampling = self._options.sampling(rules, request.sampling, count)
+        sampling = self._options.sampling(rules, request.sampling, draws)
         stopping = self._options.stopping(rules, request.stopping, max_tokens)
         self._leaves_some(rules, sampling, stopping)
         ranking = self._options.ranking(rules, request.ranking)
@@ -148,17 +142,17 @@ class Validator:
         job = GenerateJob(
             prompt=tuple(prompt.token_ids),
             max_tokens=max_tokens,
-            completion_count=count,
+            completion_count=draws,
             sampling=sampling,
             stopping=stopping,
             logprobs=options,
             prompt_logprobs=prompt_options if wants_prompt else None,
         )
-        self._cost(rules, "logprobs", count * min(max_tokens, longest - tokens), options)
+        self._cost(rules, "logprobs", draws * min(max_tokens, longest - tokens), options)
         self._cost(rules, "prompt_logprobs", tokens, prompt_options)
         self._fits(rules, "prompt", job)
         rules.done()
-        return GeneratePlan(job=job, prompt=prompt, ranking=ranking)
+        return GeneratePlan(job=job, prompt=prompt, completion_count=count, ranking=ranking)
 
     def tokenize(self, request: pb.TokenizeRequest) -> GivenText:
         """The tokens of a TokenizeRequest's input.
@@ -202,6 +196,19 @@ class Validator:
             rules.broken(unknown.field, unknown.description)
         rules.done()
         return rules
+
+    def _counts(self, rules: Rules, request: pb.GenerateRequest, max_tokens: int) -> tuple[int, int]:
+        """How many completions are returned, and how many are drawn."""
+        count = request.completion_count if request.HasField("completion_count") else 1
+        draws = request.best_of if request.HasField("best_of") else count
+        limit = self._limits.completion_count
+        rules.check(1 <= count <= limit, "completion_count", f"{count} is outside [1, {limit}]")
+        rules.check(draws >= count, "best_of", f"{draws} is below completion_count, {count}")
+        rules.check(draws <= max(count, limit), "best_of", f"{draws} is above this server's {limit}")
+        if max_tokens == 0:
+            field, most = ("best_of", draws) if draws > count else ("completion_count", count)
+            rules.check(most == 1, field, f"max_tokens 0 goes with one completion, not {most}")
+        return count, draws
 
     def _leaves_some(self, rules: Rules, sampling: SamplingOptions, stopping: StoppingOptions) -> None:
         """At every step there must be a token to draw."""

@@ -205,6 +205,23 @@ REFUSED: dict[str, Case] = {
         "best_of",
         "2 is below completion_count, 3",
     ),
+    "best_of below 0": (generate(best_of=-1), "best_of", "-1 is below completion_count, 1"),
+    "best_of above the limit": (generate(completion_count=2, best_of=5), "best_of", "5 is above this server's 4"),
+    "draws cost too much": (
+        generate(max_tokens=7, best_of=3, logprobs=options(top_count=8)),
+        "logprobs",
+        "21 positions with 8 alternatives",
+    ),
+    "last of the best_of draws' seed above the last": (
+        generate(best_of=4, sampling=pb.Sampling(seed=LAST_SEED - 2)),
+        "sampling.seed",
+        "9007199254740989 is outside [0, 9007199254740988]",
+    ),
+    "max_tokens 0 with two draws": (
+        generate(max_tokens=0, best_of=2, prompt_logprobs=options()),
+        "best_of",
+        "max_tokens 0 goes with one completion, not 2",
+    ),
     "max_tokens below 0": (generate(max_tokens=-1), "max_tokens", "-1 is below 0"),
     "max_tokens 0 without prompt_logprobs": (generate(max_tokens=0), "max_tokens", "needs prompt_logprobs"),
     "max_tokens 0 with two completions": (
@@ -324,7 +341,6 @@ REFUSED: dict[str, Case] = {
     ),
     "length_exponent nan": (ranked(NORMALIZED, length_exponent=math.nan), "ranking.length_exponent", "nan is outside"),
     # what is not built yet
-    "best_of": (generate(completion_count=2, best_of=3), "best_of", NOT_YET),
     "beam_search": (generate(beam_search=pb.BeamSearch(beam_count=2)), "beam_search", NOT_YET),
     "empty beam_search": (generate(beam_search=pb.BeamSearch()), "beam_search", NOT_YET),
     "time_limit": (stopped(time_limit=duration_pb2.Duration(seconds=1)), "stopping.time_limit", NOT_YET),
@@ -367,6 +383,10 @@ ACCEPTED: dict[str, Any] = {
     "completions at the limit": generate(completion_count=4),
     "best_of as many as completions": generate(completion_count=3, best_of=3),
     "best_of 1": generate(best_of=1),
+    "best_of at the limit": generate(completion_count=2, best_of=4),
+    "draws at the limit of cost": generate(max_tokens=5, best_of=4, logprobs=options(top_count=8)),
+    "last of the best_of draws with the last seed": generate(best_of=4, sampling=pb.Sampling(seed=LAST_SEED - 3)),
+    "max_tokens 0 with one draw": generate(max_tokens=0, best_of=1, prompt_logprobs=options()),
     "one token": generate(max_tokens=1),
     "max_tokens 0 with the prompt scored": generate(max_tokens=0, prompt_logprobs=options()),
     "more max_tokens than room": generate(max_tokens=2**31 - 1),

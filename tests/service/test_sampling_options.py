@@ -102,8 +102,11 @@ def test_greedy_takes_the_most_probable_token_after_bias_and_penalties(
 def test_completion_i_of_seed_s_is_the_completion_of_seed_s_plus_i(options: dict[str, Any], tiny: Served) -> None:
     many = generated(tiny, **options)
     for index in range(COUNT):
-        [alone] = [generated(tiny, 1, SEED + index, **options)]
-        assert many.tokens(index) == alone.tokens()
+        alone = generated(tiny, 1, SEED + index, **options)
+        assert many.token_ids(index) == alone.token_ids()
+        for token, again in zip(many.tokens(index), alone.tokens(), strict=True):
+            assert token.sampling_set_size == again.sampling_set_size
+            assert token.sampling_logprob == pytest.approx(again.sampling_logprob, abs=10 * TOLERANCE)
 
 
 def test_a_banned_token_is_never_drawn(tiny: Served) -> None:
@@ -117,7 +120,7 @@ def test_a_banned_token_is_never_drawn(tiny: Served) -> None:
 
 def test_a_bias_of_0_changes_nothing(tiny: Served) -> None:
     biased = generated(tiny, logit_bias={40: 0.0})
-    assert [biased.tokens(i) for i in range(COUNT)] == [generated(tiny).tokens(i) for i in range(COUNT)]
+    assert [biased.token_ids(i) for i in range(COUNT)] == [generated(tiny).token_ids(i) for i in range(COUNT)]
 
 
 def test_the_models_own_numbers_do_not_depend_on_how_tokens_are_drawn(tiny: Served) -> None:
