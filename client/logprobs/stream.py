@@ -112,6 +112,7 @@ class StreamAssembler:
         if len(set(indices)) < len(indices):
             self._refuse("two deltas of one completion in one event")
         self._check_indices(indices)
+        self._check_prompt()
         for delta in decoded.deltas:
             self._refuse_if(delta.completion, self._draft(delta.completion).objection_to_delta(delta))
         for delta in decoded.deltas:
@@ -119,6 +120,8 @@ class StreamAssembler:
 
     def _finish(self, finished: pb.CompletionFinished) -> None:
         self._check_indices([finished.completion])
+        if finished.reason != pb.FINISH_REASON_TIME_LIMIT:
+            self._check_prompt()
         self._refuse_if(finished.completion, self._draft(finished.completion).objection_to_end(finished))
         self._drafts.setdefault(finished.completion, _Draft(finished.completion)).finished = finished
 
@@ -148,6 +151,10 @@ class StreamAssembler:
             self._refuse("a completion with a negative index")
         if len(self._drafts.keys() | set(indices)) > self._started.completion_count:
             self._refuse(f"more completions than the {self._started.completion_count} announced")
+
+    def _check_prompt(self) -> None:
+        """Whatever is decoded follows the whole prompt; only a time limit may end the stream before."""
+        assert self._started is not None
         if 0 < len(self._prompt) < self._started.prompt_token_count:
             self._refuse("a token decoded before the prompt was told whole")
 

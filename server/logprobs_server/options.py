@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 
+from google.protobuf.duration_pb2 import Duration
 from logprobs.v1 import logprobs_pb2 as pb
 
 from logprobs_server.engine.types import LogprobOptions, ModelDescription, SamplingOptions, StoppingOptions
@@ -28,6 +29,8 @@ DEFAULT_SAMPLING = pb.Sampling(
 _MAX_SEED = 2**53 - 1
 _MAX_STOP_BYTES = 1024
 _MAX_STOP_TOKENS = 64
+_MAX_SECONDS = 315_576_000_000
+"""10,000 years, the most that google.protobuf.Duration allows."""
 
 
 class OptionReader:
@@ -76,8 +79,8 @@ class OptionReader:
             seed=seed,
         )
 
-    def stopping(self, rules: Rules, given: pb.Stopping, max_tokens: int) -> StoppingOptions:
-        """What ends completions."""
+    def stopping(self, rules: Rules, given: pb.Stopping, max_tokens: int, received_s: float) -> StoppingOptions:
+        """What ends completions of a request that was received then, by `time.monotonic`."""
         limit = self._limits.stop_strings
         strings = tuple(given.strings)
         rules.check(len(strings) <= limit, "stopping.strings", f"{len(strings)} are more than this server's {limit}")
@@ -97,13 +100,14 @@ class OptionReader:
             "stopping.min_tokens",
             f"{least} is outside [0, max_tokens = {max_tokens}]",
         )
-        rules.unsupported(given.HasField("time_limit"), "stopping.time_limit")
+        deadline_s = received_s + _seconds(rules, given.time_limit) if given.HasField("time_limit") else None
         return StoppingOptions(
             strings=strings,
             token_ids=tuple(given.token_ids),
             include=given.include,
             min_tokens=least,
             ignore_eos=given.ignore_eos,
+            deadline_s=deadline_s,
         )
 
     def ranking(self, rules: Rules, given: pb.Ranking) -> RankingPlan:
@@ -123,6 +127,16 @@ class OptionReader:
         )
         rules.check(math.isfinite(exponent) and abs(exponent) <= 10, field, f"{exponent:g} is outside [-10, 10]")
         return RankingPlan(criterion=criterion, length_exponent=exponent)
+
+
+def _seconds(rules: Rules, limit: Duration) -> float:
+    seconds, nanos = limit.seconds, limit.nanos
+    rules.check(
+        0 <= seconds <= _MAX_SECONDS and 0 <= nanos < 10**9 and seconds + nanos > 0,
+        "stopping.time_limit",
+        f"{seconds} s and {nanos} ns are no duration above 0",
+    )
+    return seconds + nanos / 1e9
 
 
 def _check_scalars(rules: Rules, chosen: pb.Sampling) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,7 +66,7 @@ class LogprobsServicer(LogprobsServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
         """Draws completions and streams their tokens as they decode."""
         ready = self._ready()
-        plan = await _checked(ready.validator.generate, request)
+        plan = await _checked(partial(ready.validator.generate, received_s=time.monotonic()), request)
         messages = GenerateMessages(ready.builder, plan)
         async for events in _run(ready.engine, plan.job):
             for message in messages.push(events):

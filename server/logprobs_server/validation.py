@@ -112,8 +112,8 @@ class Validator:
         rules.done()
         return ScorePlan(job=job, texts=tuple(texts), totals_only=request.totals_only)
 
-    def generate(self, request: pb.GenerateRequest) -> GeneratePlan:
-        """What a GenerateRequest asks for.
+    def generate(self, request: pb.GenerateRequest, received_s: float) -> GeneratePlan:
+        """What a GenerateRequest asks for that was received then, by `time.monotonic`.
 
         Raises:
             InvalidRequestError: every rule it breaks.
@@ -130,7 +130,7 @@ class Validator:
             )
         rules.unsupported(request.HasField("beam_search"), "beam_search")
         sampling = self._options.sampling(rules, request.sampling, draws)
-        stopping = self._options.stopping(rules, request.stopping, max_tokens)
+        stopping = self._options.stopping(rules, request.stopping, max_tokens, received_s)
         self._leaves_some(rules, sampling, stopping)
         ranking = self._options.ranking(rules, request.ranking)
         options = self._options.logprobs(rules, "logprobs", request.logprobs)

@@ -276,6 +276,15 @@ def test_scoring_a_prompt_alone_gives_its_tokens_and_an_empty_completion() -> No
     assert [completion.tokens for completion in generation.completions] == [()]
 
 
+def test_a_time_limit_may_end_the_stream_within_the_prompt() -> None:
+    events = [event for event in generation_events([[]], prompt=PROMPT) if not event.HasField("decoded")]
+    events[PROMPTED].prompt_scored.tokens.pop()
+    with pytest.raises(InconsistentStreamError, match="before the prompt was told whole"):
+        assembled(events)
+    events[-1].finished.reason = pb.FINISH_REASON_TIME_LIMIT
+    assert list(assembled(events).prompt_tokens) == PROMPT[:-1]
+
+
 def test_infinite_logprobs_add_up() -> None:
     events = generation_events([drawn([b"a", b"b"], [float("-inf"), -1.0])])
     assert assembled(events).completions[0].mean_logprob == float("-inf")

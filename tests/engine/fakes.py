@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -154,7 +155,12 @@ class Listener:
 
 @contextmanager
 def running_engine(
-    model: FakeModel, *, max_sequences: int = 8, max_step_tokens: int = 32, max_queue: int = 100
+    model: FakeModel,
+    *,
+    max_sequences: int = 8,
+    max_step_tokens: int = 32,
+    max_queue: int = 100,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[TorchEngine]:
     """An engine that runs; afterwards every block must be free."""
     engine = TorchEngine(
@@ -163,6 +169,7 @@ def running_engine(
         max_sequences=max_sequences,
         max_step_tokens=max_step_tokens,
         max_queue=max_queue,
+        clock=clock,
     )
     engine.start()
     try:

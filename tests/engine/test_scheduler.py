@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, BlockPool
 from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits
 from logprobs_server.engine.sequences import JobState, Sequence
-from logprobs_server.engine.types import Continuation, GenerateJob, Job, LogprobOptions, ScoreJob, Ticket
+from logprobs_server.engine.types import (
+    CompletionFinished,
+    Continuation,
+    FinishReason,
+    GenerateJob,
+    Job,
+    JobStarted,
+    LogprobOptions,
+    ScoreJob,
+    Ticket,
+)
 
 CONTEXT = 80
 LENGTHS = st.integers(0, 40)
@@ -125,6 +135,29 @@ def test_a_removed_job_gives_all_back_and_the_others_run_to_their_end(
     driver.alive = [sequence for sequence in driver.alive if sequence.job is not removed]
     driver.run(lambda sequence: True)
     assert all(state.done for state in driver.states if state is not removed)
+    assert driver.pool.num_free == driver.pool.num_blocks
+
+
+@given(st.lists(GENERATE_JOBS, min_size=1, max_size=8), SEQUENCES, SPARE_TOKENS, SPARE_BLOCKS, st.data())
+def test_an_expired_job_tells_every_completions_end_and_the_others_run_to_theirs(
+    jobs: list[Job], sequences: int, spare_tokens: int, spare_blocks: int, data: st.DataObject
+) -> None:
+    driver = Driver(jobs, sequences, spare_tokens, spare_blocks)
+    late = data.draw(st.sampled_from(driver.states))
+    for _ in range(data.draw(st.integers(0, 20))):
+        if not driver.scheduler.idle:
+            driver.step(lambda sequence: True)
+    if not late.done:
+        ended = {branch for state, branch in driver.ended if state is late}
+        driver.scheduler.expire(late)
+        finished = [event for event in late.events if isinstance(event, CompletionFinished)]
+        assert [event.index for event in finished] == sorted(set(range(late.branch_count)) - ended)
+        assert all(event.reason is FinishReason.TIME_LIMIT for event in finished)
+        assert [type(event) for event in late.events].count(JobStarted) == 1
+    assert late.done
+    driver.alive = [sequence for sequence in driver.alive if sequence.job is not late]
+    driver.run(lambda sequence: True)
+    assert all(state.done for state in driver.states)
     assert driver.pool.num_free == driver.pool.num_blocks
 
 

@@ -17,6 +17,7 @@ from logprobs_server.engine.engine import TorchEngine
 CONTEXT, COMPLETIONS, CONTINUATIONS, TOP, ALTERNATIVES = 32, 4, 4, 8, 160
 VOCABULARY = 300
 LAST_SEED = 2**53 - 1
+LONGEST_S = 315_576_000_000
 NOT_YET = "not supported by this server yet"
 Case = tuple[Any, str, str]
 
@@ -51,6 +52,10 @@ def sampled(**fields: Any) -> pb.GenerateRequest:
 
 def stopped(**fields: Any) -> pb.GenerateRequest:
     return generate(stopping=pb.Stopping(**fields))
+
+
+def duration(seconds: int = 0, nanos: int = 0) -> duration_pb2.Duration:
+    return duration_pb2.Duration(seconds=seconds, nanos=nanos)
 
 
 def ranked(criterion: pb.RankingCriterion.ValueType, **fields: Any) -> pb.GenerateRequest:
@@ -317,6 +322,16 @@ REFUSED: dict[str, Case] = {
     "stop token below the vocabulary": (stopped(token_ids=[2, -1]), "stopping.token_ids[1]", "-1 is outside"),
     "min_tokens below 0": (stopped(min_tokens=-1), "stopping.min_tokens", "-1 is outside [0, max_tokens = 2]"),
     "min_tokens above max_tokens": (stopped(min_tokens=3), "stopping.min_tokens", "3 is outside [0, max_tokens = 2]"),
+    "time_limit 0": (stopped(time_limit=duration()), "stopping.time_limit", "0 s and 0 ns are no duration above 0"),
+    "time_limit below 0": (stopped(time_limit=duration(-1)), "stopping.time_limit", "-1 s and 0 ns are no duration"),
+    "time_limit just below 0": (stopped(time_limit=duration(0, -1)), "stopping.time_limit", "0 s and -1 ns are no"),
+    "time_limit of both signs": (stopped(time_limit=duration(1, -1)), "stopping.time_limit", "1 s and -1 ns are no"),
+    "time_limit of too many ns": (
+        stopped(time_limit=duration(0, 10**9)),
+        "stopping.time_limit",
+        "0 s and 1000000000 ns are no duration",
+    ),
+    "time_limit too long": (stopped(time_limit=duration(LONGEST_S + 1)), "stopping.time_limit", "315576000001 s and"),
     # how it is ranked
     "beam score without beams": (ranked(BEAM), "ranking.criterion", "only for beam search"),
     "length_exponent with the mean": (
@@ -343,7 +358,6 @@ REFUSED: dict[str, Case] = {
     # what is not built yet
     "beam_search": (generate(beam_search=pb.BeamSearch(beam_count=2)), "beam_search", NOT_YET),
     "empty beam_search": (generate(beam_search=pb.BeamSearch()), "beam_search", NOT_YET),
-    "time_limit": (stopped(time_limit=duration_pb2.Duration(seconds=1)), "stopping.time_limit", NOT_YET),
     "neutral_context": (score(neutral_context=text("a")), "neutral_context", NOT_YET),
     "rolling": (score(long_input=pb.LONG_INPUT_ROLL), "long_input", NOT_YET),
     "rolling with a stride": (score(long_input=pb.LONG_INPUT_ROLL, roll_stride=4), "long_input", NOT_YET),
@@ -429,6 +443,9 @@ ACCEPTED: dict[str, Any] = {
     "smallest and largest stop token": stopped(token_ids=[0, 299]),
     "min_tokens 0": stopped(min_tokens=0),
     "min_tokens as many as max_tokens": stopped(min_tokens=2),
+    "shortest time_limit": stopped(time_limit=duration(0, 1)),
+    "time_limit of most ns": stopped(time_limit=duration(0, 10**9 - 1)),
+    "longest time_limit": stopped(time_limit=duration(LONGEST_S)),
     "total as the criterion": ranked(TOTAL),
     "default length_exponent": ranked(NORMALIZED),
     "smallest length_exponent": ranked(NORMALIZED, length_exponent=-10),

@@ -456,7 +456,9 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def prompt_scored(self) -> Global___PromptScored:
-        """Any number, in order, before the first token decoded; only if the request asks for it."""
+        """Any number, in order, before the first token decoded; only if the request asks for it. They tell less than the
+        whole prompt only where `Stopping.time_limit` ran out before any token was decoded.
+        """
 
     @_builtins.property
     def decoded(self) -> Global___TokensDecoded:
@@ -1259,8 +1261,9 @@ Global___Totals: _TypeAlias = Totals  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
-    """How tokens are drawn. Unset fields take the defaults that GetModel tells. In this order: `logit_bias`, penalties,
-    `temperature`, then `top_k`, `top_p`, `min_p`, `typical_p`, each applied to what the one before it left.
+    """How tokens are drawn. Unset fields take the defaults that GetModel tells. In this order: `logit_bias`,
+    `repetition_penalty`, the other penalties, `temperature`, then `top_k`, `top_p`, `min_p`, `typical_p`, each applied to
+    what the one before it left. Of equals at a cut, lower ids stay.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1457,7 +1460,9 @@ class Stopping(_message.Message):
 
     @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
-        """From receipt; the request ends then with what there is. Above 0. Unset: no limit."""
+        """From receipt, time in the queue included; the request ends then, within one step, with what there is. Above 0.
+        Unset: no limit.
+        """
 
     def __init__(
         self,
@@ -1719,7 +1724,7 @@ class RankedCompletion(_message.Message):
     completion: _builtins.int
     """Which draw, from 0; losers, whose tokens were not sent, included."""
     value: _builtins.float
-    """What the criterion makes of the totals; in nats, at most 0; the greater the better."""
+    """What the criterion makes of the totals; in nats, at most 0; the greater the better. -inf for no tokens."""
     @_builtins.property
     def totals(self) -> Global___Totals:
         """Over every token drawn. Always set."""

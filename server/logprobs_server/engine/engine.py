@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from logprobs_server.engine.types import (
     ContinuationScored,
     EngineUnavailableError,
     Event,
+    FinishReason,
     Job,
     JobFailed,
     JobFinished,
@@ -57,10 +60,12 @@ class TorchEngine:
         max_sequences: int,
         max_step_tokens: int,
         max_queue: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._vocabulary = vocabulary
         self._max_queue = max_queue
+        self._clock = clock
         description = model.description
         limits = SchedulerLimits(
             max_sequences=max_sequences,
@@ -157,6 +162,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _step(self) -> None:
+        self._end_late_jobs()
         self._scheduler.admit()
         rows = self._compute(self._scheduler.schedule())
         rows += self._start_branches()
@@ -166,6 +172,14 @@ class TorchEngine:
             logits = self._model.logits(torch.stack([hidden for _, hidden in part])).float()
             self._deliver([row for row, _ in part], logits, scored)
         self._publish(scored)
+
+    def _end_late_jobs(self) -> None:
+        """Ends the jobs whose time is up, those that wait too."""
+        limited = [(state, state.deadline_s) for state in self._states.values() if state.deadline_s is not None]
+        now = self._clock() if limited else 0.0
+        for state, deadline_s in limited:
+            if deadline_s <= now:
+                self._scheduler.expire(state)
 
     def _compute(self, work: list[Work]) -> list[tuple[Row, Tensor]]:
         """Runs the model once over the work; returns the rows wanted of it, each with its hidden state."""
@@ -196,7 +210,7 @@ class TorchEngine:
         for branch in started:
             sequence, prefix = branch.sequence, branch.sequence.num_computed
             if sequence.completion is not None and sequence.completion.limit == 0:
-                sequence.job.events.append(sequence.completion.finish_empty())
+                sequence.job.events += sequence.completion.end(FinishReason.MAX_TOKENS)
                 self._scheduler.retire(sequence)
             elif branch.root is not None:
                 hidden = branch.root.last_hidden

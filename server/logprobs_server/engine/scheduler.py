@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
 from logprobs_server.engine.sequences import Completion, JobState, Sequence
-from logprobs_server.engine.types import GenerateJob, JobStarted
+from logprobs_server.engine.types import FinishReason, GenerateJob, JobStarted
 
 __all__ = ["Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
 
@@ -90,6 +90,17 @@ class Scheduler:
             self._jobs.remove(job)
             for sequence in [s for s in self._sequences if s.job is job]:
                 self.retire(sequence)
+
+    def expire(self, job: JobState) -> None:
+        """Ends a job whose time is up with what there is of it: completions where they are, others empty."""
+        if job in self._waiting:
+            job.events.append(JobStarted(cached_token_count=0))
+        started = {sequence.branch: sequence.completion for sequence in job.branches}
+        for index in sorted([*(b for b in started if b is not None), *range(job.next_branch, job.branch_count)]):
+            completion = started.get(index) or self._completion(job, index)
+            job.events += completion.end(FinishReason.TIME_LIMIT)
+        self.remove(job)
+        job.next_branch = job.branch_count
 
     def admit(self) -> None:
         """Lets jobs in while their root and one branch fit."""
@@ -179,13 +190,16 @@ class Scheduler:
         if continuation is not None:
             branch.targets_from = prefix + continuation.scored_from
         else:
-            assert isinstance(job.job, GenerateJob)
-            room = self._limits.context_length - prefix
-            branch.completion = Completion(job.job, index, self._eos, room, job.adjustment)
+            branch.completion = self._completion(job, index)
         job.next_branch += 1
         job.branches.add(branch)
         self._sequences.append(branch)
         return branch
+
+    def _completion(self, job: JobState, index: int) -> Completion:
+        assert isinstance(job.job, GenerateJob)
+        room = self._limits.context_length - len(job.prefix)
+        return Completion(job.job, index, self._eos, room, job.adjustment)
 
 
 def _all_of(sequence: Sequence) -> Work:

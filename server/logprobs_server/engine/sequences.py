@@ -172,9 +172,9 @@ class Completion:
             return self._events(both, self._limit_reason)
         return self._events(delta, None)
 
-    def finish_empty(self) -> CompletionFinished:
-        """The end of a completion that draws nothing (`max_tokens` 0)."""
-        return self._finished(FinishReason.MAX_TOKENS, None, None)
+    def end(self, reason: FinishReason) -> list[Event]:
+        """Ends it where it is."""
+        return self._events(self._text.flush(), reason)
 
     def _events(
         self,
@@ -242,6 +242,11 @@ class JobState:
     def options(self) -> LogprobOptions:
         """What is told of the branches' positions."""
         return self.job.logprobs
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When the job ends with what there is; None if it may take any time."""
+        return self.job.stopping.deadline_s if isinstance(self.job, GenerateJob) else None
 
     @property
     def wants_next_token(self) -> bool:

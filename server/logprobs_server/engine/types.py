@@ -73,13 +73,17 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoppingOptions:
-    """What ends a completion before its last possible token."""
+    """What ends a completion before its last possible token.
+
+    deadline_s: when the job ends with what there is, by `time.monotonic`; None if it may take any time.
+    """
 
     strings: tuple[str, ...] = ()
     token_ids: tuple[int, ...] = ()
     include: bool = False
     min_tokens: int = 0
     ignore_eos: bool = False
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +171,7 @@ class FinishReason(Enum):
     STOP_TOKEN = "stop_token"
     MAX_TOKENS = "max_tokens"
     CONTEXT_FULL = "context_full"
+    TIME_LIMIT = "time_limit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
