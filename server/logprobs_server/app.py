@@ -167,11 +167,12 @@ def load(config: Config) -> tuple[Ready, TorchEngine]:
         alternatives=config.max_alternatives,
         request_bytes=config.max_request_bytes,
         response_bytes=config.max_response_bytes,
+        full_distribution=config.allow_full_distribution,
     )
     description = model.description
     ready = Ready(
         engine=engine,
-        validator=Validator(vocabulary, description, limits, engine.unfit),
-        builder=MessageBuilder(vocabulary, description, limits, tokenizer.has_chat_template),
+        validator=Validator(vocabulary, description, limits, tokenizer.render, engine.unfit),
+        builder=MessageBuilder(vocabulary, description, limits, tokenizer.render is not None),
     )
     return ready, engine

@@ -50,6 +50,7 @@ class Config:
     max_completions: int = _setting(128, "completions per request", least=1)
     max_continuations: int = _setting(1024, "continuations per request", least=1)
     max_alternatives: int = _setting(1 << 20, "positions times alternatives per request", least=0)
+    allow_full_distribution: bool = _setting(False, "answer requests for the logprobs of the whole vocabulary")
     max_request_bytes: int = _setting(4 << 20, "size of a request message", least=1024)
     max_response_bytes: int = _setting(4 << 20, "size of a response message", least=65536)
     grace_s: float = _setting(30.0, "seconds that requests under way may go on after SIGTERM", least=0)

@@ -13,7 +13,6 @@ __all__ = [
     "NotReadyError",
     "OverloadedError",
     "ServiceError",
-    "UnimplementedError",
     "Violation",
     "shown",
 ]
@@ -92,13 +91,6 @@ class NotReadyError(ServiceError):
 
     status = "UNAVAILABLE"
     reason = "LOADING"
-
-
-class UnimplementedError(ServiceError):
-    """The method is not served."""
-
-    status = "UNIMPLEMENTED"
-    reason = "NOT_IMPLEMENTED"
 
 
 class EngineFailedError(ServiceError):

@@ -83,7 +83,8 @@ class _Call:
         watch = _Watch(self._method, context)
         behaviour = self._handler.stream_stream if self._handler.request_streaming else self._handler.unary_stream
         try:
-            async for response in behaviour(_sound(request), context):
+            given = _all_sound(request) if self._handler.request_streaming else _sound(request)
+            async for response in behaviour(given, context):
                 await watch.identify()
                 yield response
         except BaseException as error:
@@ -177,6 +178,11 @@ def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _Undecodable()
 
     return decoded
+
+
+async def _all_sound(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _sound(request)
 
 
 def _sound(request: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -11,7 +11,6 @@ from logprobs.v1 import logprobs_pb2 as pb
 from logprobs_server.engine.types import (
     CompletionDecoded,
     CompletionFinished,
-    ContinuationScored,
     DecodedToken,
     Event,
     FinishReason,
@@ -21,10 +20,10 @@ from logprobs_server.engine.types import (
     PromptScored,
 )
 from logprobs_server.options import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING
-from logprobs_server.requests import GeneratePlan, GivenText, Limits, ScorePlan
+from logprobs_server.requests import GeneratePlan, GivenText, Limits
 from logprobs_server.text.vocabulary import Vocabulary
 
-__all__ = ["GenerateMessages", "MessageBuilder", "ScoreMessages"]
+__all__ = ["GenerateMessages", "MessageBuilder", "parts"]
 
 _M = TypeVar("_M", pb.Token, pb.CompletionDelta)
 _REASONS = {
@@ -87,6 +86,7 @@ class MessageBuilder:
             bos_token_id=self._model.bos_token_id,
             has_chat_template=self._has_chat_template,
             tokenizer_revision=self._vocabulary.revision,
+            allows_full_distribution=limits.full_distribution,
         )
 
     def tokenized(self, text: GivenText) -> pb.TokenizeResponse:
@@ -122,7 +122,7 @@ class MessageBuilder:
         return token
 
     def next_token(self, position: PositionLogprobs, named_ids: Sequence[int]) -> pb.NextToken:
-        """The distribution of a token that nobody chose."""
+        """The distribution of a token that nobody chose, but for `NextToken.logprobs`."""
         return pb.NextToken(
             top=self._alternatives(position.top_ids, position.top_logprobs),
             named=self._alternatives(named_ids, position.named_logprobs),
@@ -152,59 +152,6 @@ class MessageBuilder:
             spelling, name = self._spelling(token_id)
             found.append(pb.Alternative(id=token_id, bytes=spelling, logprob=logprob, special_name=name))
         return found
-
-
-class ScoreMessages:
-    """Gathers the events of a ScoreJob into its ScoreResponse."""
-
-    def __init__(self, builder: MessageBuilder, plan: ScorePlan) -> None:
-        self._builder = builder
-        self._plan = plan
-        self._scored: list[list[PositionLogprobs]] = [[] for _ in plan.texts]
-        self._next: dict[int, PositionLogprobs] = {}
-        self._cached = 0
-
-    def push(self, event: Event) -> None:
-        """Takes the next event."""
-        if isinstance(event, ContinuationScored):
-            self._scored[event.index] += event.positions
-            if event.next_token is not None:
-                self._next[event.index] = event.next_token
-        elif isinstance(event, JobStarted):
-            self._cached = event.cached_token_count
-
-    def response(self) -> pb.ScoreResponse:
-        """The answer, once the job has finished."""
-        job = self._plan.job
-        computed = len(job.prefix) + sum(len(c.token_ids) for c in job.continuations)
-        return pb.ScoreResponse(
-            sequences=[self._sequence(index) for index in range(len(self._plan.texts))],
-            model=self._builder.identity(),
-            usage=pb.Usage(input_token_count=computed, cached_token_count=self._cached),
-        )
-
-    def _sequence(self, index: int) -> pb.ScoredSequence:
-        text, positions = self._plan.texts[index], self._scored[index]
-        named = self._plan.job.logprobs.token_ids
-        unscored = len(text.token_ids) - len(positions)  # the very first token of all
-        assert unscored == (1 if text.first == 0 and text.token_ids else 0)
-        tokens = []
-        if not self._plan.totals_only:
-            told: list[PositionLogprobs | None] = [None] * unscored + list(positions)
-            tokens = [self._builder.given_token(text, i, position, named) for i, position in enumerate(told)]
-        following = self._next.get(index)
-        return pb.ScoredSequence(
-            tokens=tokens,
-            totals=pb.Totals(
-                token_count=len(positions),
-                byte_count=text.byte_count,
-                logprob=sum(position.logprob or 0.0 for position in positions),
-            ),
-            greedy=all(position.greedy for position in positions),
-            context_token_count=text.first,
-            text_changed=text.text_changed,
-            next=None if following is None else self._builder.next_token(following, named),
-        )
 
 
 class GenerateMessages:
@@ -276,12 +223,12 @@ class GenerateMessages:
             self._builder.given_token(text, first + i, position, options.token_ids)
             for i, position in enumerate(positions)
         ]
-        for part in _parts(tokens, self._builder.response_bytes):
+        for part in parts(tokens, self._builder.response_bytes):
             yield pb.GenerateResponse(prompt_scored=pb.PromptScored(tokens=part, text_changed=text.text_changed))
 
     def _decoded(self, events: Sequence[CompletionDecoded]) -> Iterator[pb.GenerateResponse]:
         pieces = [piece for event in events for piece in self._pieces(event)]
-        for part in _parts(pieces, self._builder.response_bytes):
+        for part in parts(pieces, self._builder.response_bytes):
             deltas: dict[int, pb.CompletionDelta] = {}
             for piece in part:
                 delta = deltas.setdefault(piece.completion, piece)
@@ -327,7 +274,7 @@ def _totals(event: CompletionFinished) -> pb.Totals:
     )
 
 
-def _parts(messages: list[_M], limit: int) -> Iterator[list[_M]]:
+def parts(messages: Iterable[_M], limit: int) -> Iterator[list[_M]]:
     """Cuts messages into lists that each stay well below `limit` bytes, unless a single one does not."""
     part: list[_M] = []
     size = 0

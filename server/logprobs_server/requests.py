@@ -7,9 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from logprobs_server.engine.types import GenerateJob, ScoreJob
+from logprobs_server.engine.types import GenerateJob, LogprobOptions, ScoreJob
+from logprobs_server.text.vocabulary import Ranges
 
-__all__ = ["GeneratePlan", "GivenText", "Limits", "RankingCriterion", "RankingPlan", "ScorePlan"]
+__all__ = [
+    "MAX_ITEM_ID_BYTES",
+    "GeneratePlan",
+    "GivenText",
+    "InputText",
+    "Limits",
+    "RankingCriterion",
+    "RankingPlan",
+    "ScorePlan",
+    "Scoring",
+]
+
+MAX_ITEM_ID_BYTES = 1024
+"""Longest id of a request of a stream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +37,16 @@ class Limits:
     alternatives: int
     request_bytes: int
     response_bytes: int
+    full_distribution: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputText:
+    """What is to become tokens, with special tokens put around it or not; see `Vocabulary.encode`."""
+
+    text: str
+    add_special_tokens: bool
+    plain: Ranges = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +56,7 @@ class GivenText:
     first: index, in the whole sequence, of the first of these tokens.
     byte_count: of the text they are part of, as the model saw it.
     text_changed: the tokenizer changed the text.
+    source: what they were made of; None where token ids were given.
     """
 
     token_ids: Sequence[int]
@@ -41,15 +66,43 @@ class GivenText:
     first: int
     byte_count: int
     text_changed: bool
+    source: InputText | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """The jobs that score some sequences.
+
+    places: per sequence, the (job, continuation) pairs whose positions, put together, are the sequence's.
+    """
+
+    jobs: tuple[ScoreJob, ...]
+    places: tuple[tuple[tuple[int, int], ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorePlan:
-    """A valid ScoreRequest."""
+    """A valid ScoreRequest.
 
-    job: ScoreJob
+    neutral: scores the same tokens after the neutral context; None if there is none.
+    logprobs: what is told of the tokens and of the next one.
+    size_bound: bytes that the answer cannot pass, tokens that are not told included.
+    in_parts: whether a message may be too small for the answer.
+    """
+
+    own: Scoring
+    neutral: Scoring | None
     texts: tuple[GivenText, ...]
+    logprobs: LogprobOptions
     totals_only: bool
+    input_token_count: int
+    size_bound: int
+    in_parts: bool
+
+    @property
+    def jobs(self) -> tuple[ScoreJob, ...]:
+        """All jobs, those of the neutral context last."""
+        return self.own.jobs + (self.neutral.jobs if self.neutral else ())
 
 
 class RankingCriterion(Enum):

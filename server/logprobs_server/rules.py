@@ -41,6 +41,12 @@ class Rules:
         """Refuses a field that is set and not built yet."""
         self.check(not present, field, NOT_YET)
 
+    def adopt(self, path: str, error: InvalidRequestError) -> None:
+        """Takes over the rules that a part of the request breaks; `path` leads to the part, its dot included."""
+        for violation in error.violations:
+            self.broken(f"{path}{violation.field}", violation.description)
+        self.num_broken += error.num_unlisted
+
     def done(self) -> None:
         """Ends the checks.
 
@@ -48,7 +54,11 @@ class Rules:
             InvalidRequestError: rules were broken.
         """
         if self.num_broken:
-            raise InvalidRequestError(self._violations, self.num_broken - len(self._violations))
+            raise self.error()
+
+    def error(self) -> InvalidRequestError:
+        """What tells of the broken rules."""
+        return InvalidRequestError(self._violations, self.num_broken - len(self._violations))
 
 
 def check_id(rules: Rules, field: str, token_id: int, vocabulary_size: int) -> None:

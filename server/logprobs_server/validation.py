@@ -7,41 +7,36 @@ sit together. What this server does not do yet is refused by the name of its fie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 
 from google.protobuf.message import Message
 from logprobs.v1 import logprobs_pb2 as pb
 
+from logprobs_server.costs import Costs
 from logprobs_server.engine.types import (
-    Continuation,
     GenerateJob,
     Job,
     LogprobOptions,
     ModelDescription,
     SamplingOptions,
-    ScoreJob,
     StoppingOptions,
 )
+from logprobs_server.errors import InvalidRequestError, shown
 from logprobs_server.inputs import InputReader
 from logprobs_server.options import DEFAULT_MAX_TOKENS, OptionReader
-from logprobs_server.requests import GeneratePlan, GivenText, Limits, ScorePlan
+from logprobs_server.requests import MAX_ITEM_ID_BYTES, GeneratePlan, GivenText, Limits, ScorePlan
 from logprobs_server.rules import Rules, check_ids, unknown_parts
+from logprobs_server.scoring import ScoreReader
+from logprobs_server.text.conversation import Render
 from logprobs_server.text.vocabulary import Vocabulary
 
 __all__ = ["Validator"]
-
-_TOKEN_OVERHEAD = 96
-_ALTERNATIVE_OVERHEAD = 20
-_SEQUENCE_OVERHEAD = 64
-"""Upper bounds of the encoded size, in bytes, of a Token, an Alternative, a ScoredSequence without what they hold."""
-_ANSWER_OVERHEAD = 1024
-"""What an answer holds besides: model, usage, the lengths of its fields."""
 
 
 class Validator:
     """Knows the model, its vocabulary and the limits, and turns requests into plans.
 
+    render: the model's template for conversations; None if it has none.
     unfit: tells why the engine could never do a job, None if it can.
     """
 
@@ -50,17 +45,17 @@ class Validator:
         vocabulary: Vocabulary,
         model: ModelDescription,
         limits: Limits,
+        render: Render | None,
         unfit: Callable[[Job], str | None],
     ) -> None:
         self._vocabulary = vocabulary
         self._model = model
         self._limits = limits
         self._unfit = unfit
-        self._inputs = InputReader(vocabulary, model)
+        self._inputs = InputReader(vocabulary, model, render)
         self._options = OptionReader(model, limits)
-        lengths = (len(vocabulary.spelled(i)) + len(vocabulary.special_name(i)) for i in range(model.vocabulary_size))
-        longest = sorted(lengths, reverse=True)[: 2 * limits.top_count]
-        self._spelling_bound = [0, *accumulate(longest)]
+        self._costs = Costs(vocabulary, limits)
+        self._scores = ScoreReader(self._inputs, self._options, self._costs, model, limits)
 
     def score(self, request: pb.ScoreRequest) -> ScorePlan:
         """What a ScoreRequest asks for.
@@ -68,49 +63,32 @@ class Validator:
         Raises:
             InvalidRequestError: every rule it breaks.
         """
+        return self._score(self._start(request), request, streamed=False)
+
+    def score_item(self, request: pb.ScoreStreamRequest) -> ScorePlan:
+        """What a request of a stream asks for.
+
+        Raises:
+            InvalidRequestError: every rule it breaks.
+        """
         rules = self._start(request)
-        rules.unsupported(request.HasField("neutral_context"), "neutral_context")
-        rules.unsupported(request.long_input == pb.LONG_INPUT_ROLL, "long_input")
-        if request.long_input != pb.LONG_INPUT_ROLL and request.HasField("roll_stride"):
-            rules.broken("roll_stride", "is only for LONG_INPUT_ROLL")
-        options = self._options.logprobs(rules, "logprobs", request.logprobs)
-        limit = self._limits.continuations
-        count = len(request.continuations)
-        rules.check(count <= limit, "continuations", f"{count} are more than this server's {limit}")
-        context = self._inputs.alone(rules, "context", request.context)
-        pairs = [
-            self._inputs.pair(rules, f"continuations[{i}]", request.context, context, continuation)
-            for i, continuation in enumerate(request.continuations[:limit])
-        ]
-        texts = [text for text, _ in pairs] if count else [context]
-        wholes = [whole for _, whole in pairs] if count else [tuple(context.token_ids)]
-        longest = self._model.context_length
-        for i, whole in enumerate(wholes):
-            field = f"continuations[{i}]" if count else "context"
-            what = "with its context " if count else ""
-            rules.check(
-                len(whole) <= longest,
-                field,
-                f"{what}has {len(whole)} tokens; the model's context holds {longest}",
-            )
+        size = len(request.id.encode())
+        description = f"{shown(request.id)} has {size} bytes, outside [1, {MAX_ITEM_ID_BYTES}]"
+        rules.check(1 <= size <= MAX_ITEM_ID_BYTES, "id", description)
+        try:
+            plan = self._score(Rules(), request.request, streamed=True)
+        except InvalidRequestError as error:
+            rules.adopt("request.", error)
+            raise rules.error() from error
         rules.done()
-        prefix = _common_prefix([whole[: text.first] for whole, text in zip(wholes, texts, strict=True)])
-        job = ScoreJob(
-            prefix=prefix,
-            continuations=tuple(
-                Continuation(token_ids=whole[len(prefix) :], scored_from=text.first - len(prefix))
-                for whole, text in zip(wholes, texts, strict=True)
-            ),
-            logprobs=options,
-            next_token=request.next_token,
-        )
-        tokens, following = sum(len(text.token_ids) for text in texts), len(texts) if request.next_token else 0
-        self._cost(rules, "logprobs", tokens + following, options)
-        told = following if request.totals_only else tokens + following
-        self._size(rules, "logprobs", _SEQUENCE_OVERHEAD * len(texts) + self._size_bound(told, options))
-        self._fits(rules, "context", job)
+        return plan
+
+    def _score(self, rules: Rules, request: pb.ScoreRequest, *, streamed: bool) -> ScorePlan:
+        plan = self._scores.plan(rules, request, streamed=streamed)
+        for job in plan.jobs:
+            self._fits(rules, "context", job)
         rules.done()
-        return ScorePlan(job=job, texts=tuple(texts), totals_only=request.totals_only)
+        return plan
 
     def generate(self, request: pb.GenerateRequest, received_s: float) -> GeneratePlan:
         """What a GenerateRequest asks for that was received then, by `time.monotonic`.
@@ -148,8 +126,8 @@ class Validator:
             logprobs=options,
             prompt_logprobs=prompt_options if wants_prompt else None,
         )
-        self._cost(rules, "logprobs", draws * min(max_tokens, longest - tokens), options)
-        self._cost(rules, "prompt_logprobs", tokens, prompt_options)
+        self._check_alternatives(rules, "logprobs", draws * min(max_tokens, longest - tokens), options)
+        self._check_alternatives(rules, "prompt_logprobs", tokens, prompt_options)
         self._fits(rules, "prompt", job)
         rules.done()
         return GeneratePlan(job=job, prompt=prompt, completion_count=count, ranking=ranking)
@@ -163,7 +141,8 @@ class Validator:
         rules = self._start(request)
         text = self._inputs.alone(rules, "input", request.input)
         rules.done()
-        self._size(rules, "input", self._size_bound(len(text.token_ids), LogprobOptions()) + text.byte_count)
+        bound = self._costs.size_bound(len(text.token_ids), LogprobOptions()) + text.byte_count
+        self._costs.check_size(rules, "input", bound)
         rules.done()
         return text
 
@@ -177,7 +156,7 @@ class Validator:
         check_ids(rules, "token_ids", request.token_ids, self._model.vocabulary_size)
         rules.done()
         # Each byte comes as itself and as text, where a broken one takes three.
-        self._size(rules, "token_ids", 4 * sum(len(self._vocabulary.spelled(i)) for i in request.token_ids))
+        self._costs.check_size(rules, "token_ids", 4 * sum(len(self._vocabulary.spelled(i)) for i in request.token_ids))
         rules.done()
         return tuple(request.token_ids)
 
@@ -220,31 +199,9 @@ class Validator:
             len(masked) < size, "sampling.logit_bias", f"with min_tokens masks all {size} tokens; none is left to draw"
         )
 
-    def _cost(self, rules: Rules, field: str, positions: int, options: LogprobOptions) -> None:
-        each, limit = options.top_count + len(options.token_ids), self._limits.alternatives
-        rules.check(
-            positions * each <= limit,
-            field,
-            f"{positions} positions with {each} alternatives each are more than this server's {limit:,} alternatives",
-        )
-
-    def _size(self, rules: Rules, field: str, payload: int) -> None:
-        size, limit = _ANSWER_OVERHEAD + payload, self._limits.response_bytes
-        rules.check(size <= limit, field, f"the answer could need {size:,} bytes; this server's limit is {limit:,}")
-
-    def _size_bound(self, tokens: int, options: LogprobOptions) -> int:
-        """Bytes that this many tokens cannot pass."""
-        named = sum(len(self._vocabulary.spelled(i)) for i in options.token_ids)
-        alternatives = options.top_count + len(options.token_ids)
-        spelled = self._spelling_bound[1] + self._spelling_bound[min(options.top_count, len(self._spelling_bound) - 1)]
-        return tokens * (_TOKEN_OVERHEAD + _ALTERNATIVE_OVERHEAD * alternatives + named + spelled)
+    def _check_alternatives(self, rules: Rules, field: str, positions: int, options: LogprobOptions) -> None:
+        self._costs.check_alternatives(rules, field, positions, options.top_count + len(options.token_ids))
 
     def _fits(self, rules: Rules, field: str, job: Job) -> None:
         if not rules.num_broken and (reason := self._unfit(job)) is not None:
             rules.broken(field, reason)
-
-
-def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    shortest, longest = min(sequences), max(sequences)
-    length = next((i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b), len(shortest))
-    return shortest[:length]

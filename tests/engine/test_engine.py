@@ -44,11 +44,12 @@ IDS = st.lists(st.integers(0, 255), min_size=1, max_size=40).map(tuple)
 
 def score_job(prefix: Sequence[int], *continuations: Sequence[int], next_token: bool = False) -> ScoreJob:
     """Scores all tokens of some continuations of a prefix."""
+    options = LogprobOptions(top_count=3, token_ids=(7,), entropy=True)
     return ScoreJob(
         prefix=tuple(prefix),
         continuations=tuple(Continuation(token_ids=tuple(ids)) for ids in continuations),
-        logprobs=LogprobOptions(top_count=3, token_ids=(7,), entropy=True),
-        next_token=next_token,
+        logprobs=options,
+        next_logprobs=options if next_token else None,
     )
 
 

@@ -37,7 +37,7 @@ SCORE_JOBS = st.builds(
         prefix=tuple(range(prefix)),
         continuations=tuple(Continuation(token_ids=tuple(range(length))) for length in lengths),
         logprobs=LogprobOptions(),
-        next_token=following,
+        next_logprobs=LogprobOptions() if following else None,
     ),
     LENGTHS,
     st.lists(LENGTHS, min_size=1, max_size=5),

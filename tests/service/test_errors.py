@@ -37,12 +37,6 @@ def ends_with(*events: Event) -> Callable[[Job, Sink], Ticket]:
     return submit
 
 
-def test_score_stream_is_not_implemented(tiny: Served) -> None:
-    refused = refusal(lambda: list(tiny.stub.ScoreStream(iter([pb.ScoreStreamRequest(id="a", request=SCORE)]))))
-    assert refused.code is grpc.StatusCode.UNIMPLEMENTED
-    assert (refused.info.domain, refused.info.reason) == ("logprobs", "NOT_IMPLEMENTED")
-
-
 def test_a_method_that_does_not_exist_is_not_implemented(tiny: Served) -> None:
     call: Any = tiny.channel.unary_unary(f"/{SERVICE}/Predict")
     with pytest.raises(grpc.RpcError) as caught:

@@ -19,6 +19,7 @@ VOCABULARY = 300
 LAST_SEED = 2**53 - 1
 LONGEST_S = 315_576_000_000
 NOT_YET = "not supported by this server yet"
+NO_TEMPLATE = "the model has no chat template"
 Case = tuple[Any, str, str]
 
 
@@ -39,6 +40,11 @@ def strict(tiny_folder: Path) -> Iterator[Served]:
 def score(context: pb.Input | None = None, *continuations: pb.Input, **fields: Any) -> pb.ScoreRequest:
     """A request that is right but for what is given."""
     return pb.ScoreRequest(context=context or text("ab"), continuations=continuations, **fields)
+
+
+def rolled(context: pb.Input | None = None, *continuations: pb.Input, **fields: Any) -> pb.ScoreRequest:
+    """A request to score in windows."""
+    return score(context, *continuations, long_input=pb.LONG_INPUT_ROLL, **fields)
 
 
 def generate(prompt: pb.Input | None = None, **fields: Any) -> pb.GenerateRequest:
@@ -358,12 +364,54 @@ REFUSED: dict[str, Case] = {
     # what is not built yet
     "beam_search": (generate(beam_search=pb.BeamSearch(beam_count=2)), "beam_search", NOT_YET),
     "empty beam_search": (generate(beam_search=pb.BeamSearch()), "beam_search", NOT_YET),
-    "neutral_context": (score(neutral_context=text("a")), "neutral_context", NOT_YET),
-    "rolling": (score(long_input=pb.LONG_INPUT_ROLL), "long_input", NOT_YET),
-    "rolling with a stride": (score(long_input=pb.LONG_INPUT_ROLL, roll_stride=4), "long_input", NOT_YET),
-    "conversation as the context": (score(CHAT), "context.conversation", NOT_YET),
-    "conversation as the prompt": (generate(CHAT), "prompt.conversation", NOT_YET),
-    "conversation to tokenize": (pb.TokenizeRequest(input=CHAT), "input.conversation", NOT_YET),
+    # after a neutral context, in windows, and the whole distribution
+    "neutral context without continuations": (
+        score(neutral_context=text("a")),
+        "neutral_context",
+        "needs continuations",
+    ),
+    "neutral context of no tokens": (
+        score(text("a"), text("b"), neutral_context=text("")),
+        "neutral_context",
+        "has no tokens, and the tokenizer adds none",
+    ),
+    "neutral context without a form": (score(text("a"), text("b"), neutral_context=EMPTY), "neutral_context", "be set"),
+    "neutral context too long": (
+        score(text("a"), ids([1]), ids([1] * 20), neutral_context=ids([1] * 13)),
+        "continuations[1]",
+        "with the neutral context has 33 tokens; the model's context holds 32",
+    ),
+    "context too long for any continuation": (
+        score(ids([1] * 33), text("a"), text("b")),
+        "context",
+        "has 33 tokens; the model's context holds 32",
+    ),
+    "roll_stride 0": (rolled(roll_stride=0), "roll_stride", "0 is outside [1, 31]"),
+    "roll_stride as long as a window": (rolled(roll_stride=32), "roll_stride", "32 is outside [1, 31]"),
+    "too many windows": (
+        rolled(ids([1] * 36), roll_stride=1),
+        "roll_stride",
+        "1 makes 5 windows; this server's limit is 4",
+    ),
+    "too many windows of several continuations": (
+        rolled(ids([1] * 30), ids([1] * 20), ids([1] * 20), roll_stride=9),
+        "roll_stride",
+        "9 makes 6 windows",
+    ),
+    "too many windows after the neutral context": (
+        rolled(ids([1]), ids([1] * 20), neutral_context=ids([1] * 30), roll_stride=4),
+        "roll_stride",
+        "4 makes 5 windows",
+    ),
+    "whole distribution": (
+        score(next_token=True, full_distribution=True),
+        "full_distribution",
+        "is not allowed by this server",
+    ),
+    # conversations, which this model has no template for
+    "conversation as the context": (score(CHAT), "context.conversation", NO_TEMPLATE),
+    "conversation as the prompt": (generate(CHAT), "prompt.conversation", NO_TEMPLATE),
+    "conversation to tokenize": (pb.TokenizeRequest(input=CHAT), "input.conversation", NO_TEMPLATE),
 }
 """What is wrong: the request, the field, and what its description says."""
 
@@ -392,6 +440,13 @@ ACCEPTED: dict[str, Any] = {
     "prompt at the limit of cost": generate(ids([1] * 20), prompt_logprobs=options(top_count=8)),
     "continuations at the limit": score(text("a"), *[text("b")] * 4),
     "no continuations": score(),
+    "neutral context": score(text("a"), text("b"), neutral_context=text("c")),
+    "neutral context that fills the model's": score(text("a"), ids([1] * 20), neutral_context=ids([1] * 12)),
+    "rolling what is short": rolled(),
+    "smallest stride": rolled(roll_stride=1),
+    "largest stride": rolled(roll_stride=31),
+    "windows at the limit": rolled(ids([1] * 35), roll_stride=1),
+    "the end of a long context": rolled(ids([1] * 3000), ids([1] * 3), roll_stride=3),
     "refusing long input": score(long_input=pb.LONG_INPUT_REFUSE),
     "one completion": generate(completion_count=1),
     "completions at the limit": generate(completion_count=4),
@@ -540,15 +595,15 @@ ALL_WRONG: dict[str, tuple[Any, list[str]]] = {
     ),
     "Score": (
         score(
-            EMPTY, CHAT, ids([300]), text("a"), neutral_context=text("a"), roll_stride=1, logprobs=options(top_count=9)
+            EMPTY, CHAT, ids([300]), text("a"), neutral_context=ids([-1]), roll_stride=1, logprobs=options(top_count=9)
         ),
         [
-            "neutral_context",
             "roll_stride",
             "logprobs.top_count",
             "context",
             "continuations[0].conversation",
             "continuations[1].token_ids.ids[0]",
+            "neutral_context.token_ids.ids[0]",
         ],
     ),
     "Score, lengths": (

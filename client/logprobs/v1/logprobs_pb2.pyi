@@ -190,16 +190,21 @@ class ScoreRequest(_message.Message):
     ROLL_STRIDE_FIELD_NUMBER: _builtins.int
     TOTALS_ONLY_FIELD_NUMBER: _builtins.int
     NEXT_TOKEN_FIELD_NUMBER: _builtins.int
+    FULL_DISTRIBUTION_FIELD_NUMBER: _builtins.int
     long_input: Global___LongInput.ValueType
     """What to do with an input longer than the model's context window. Default: refuse it."""
     roll_stride: _builtins.int
-    """For LONG_INPUT_ROLL: new tokens scored per window, 1 or more, fewer than a window holds. Default: half the context
-    window.
+    """For LONG_INPUT_ROLL: new tokens scored per window, 1 or more, fewer than a window holds. The first window of a
+    sequence may score more: it is filled. Default: half the context window.
     """
     totals_only: _builtins.bool
     """Answer with totals only, without tokens. Default: false."""
     next_token: _builtins.bool
     """Also report the distribution of the token that would come next, with the options of `logprobs`. Default: false."""
+    full_distribution: _builtins.bool
+    """Report all of that distribution: the logprob of every token id. Only where `allows_full_distribution`; needs
+    `next_token`, and counts as `vocabulary_size` alternatives per sequence. Default: false.
+    """
     @_builtins.property
     def context(self) -> Global___Input:
         """What comes before the continuations; scored itself when there are none. Required."""
@@ -216,7 +221,9 @@ class ScoreRequest(_message.Message):
 
     @_builtins.property
     def neutral_context(self) -> Global___Input:
-        """If set, every continuation is scored after this context too, and `pmi` is filled in. Default: no second scoring."""
+        """If set, every continuation is scored after this context too, and `pmi` is filled in. Needs a continuation; at least
+        one token, those that the tokenizer adds included. Default: no second scoring.
+        """
 
     def __init__(
         self,
@@ -229,10 +236,11 @@ class ScoreRequest(_message.Message):
         roll_stride: _builtins.int | None = ...,
         totals_only: _builtins.bool = ...,
         next_token: _builtins.bool = ...,
+        full_distribution: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_roll_stride", b"_roll_stride", "context", b"context", "logprobs", b"logprobs", "neutral_context", b"neutral_context", "roll_stride", b"roll_stride"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_roll_stride", b"_roll_stride", "context", b"context", "continuations", b"continuations", "logprobs", b"logprobs", "long_input", b"long_input", "neutral_context", b"neutral_context", "next_token", b"next_token", "roll_stride", b"roll_stride", "totals_only", b"totals_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_roll_stride", b"_roll_stride", "context", b"context", "continuations", b"continuations", "full_distribution", b"full_distribution", "logprobs", b"logprobs", "long_input", b"long_input", "neutral_context", b"neutral_context", "next_token", b"next_token", "roll_stride", b"roll_stride", "totals_only", b"totals_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__roll_stride: _TypeAlias = _typing.Literal["roll_stride"]  # noqa: Y015
     _WhichOneofArgType__roll_stride: _TypeAlias = _typing.Literal["_roll_stride", b"_roll_stride"]  # noqa: Y015
@@ -318,7 +326,7 @@ class ScoreStreamResponse(_message.Message):
     """The `id` of the request."""
     @_builtins.property
     def response(self) -> Global___ScoreResponse:
-        """Last of this request. Its sequences hold no tokens where parts came before it."""
+        """Last of this request. Its sequences hold no tokens, and no `NextToken.logprobs`, where parts came before it."""
 
     @_builtins.property
     def error(self) -> Global___ItemError:
@@ -326,7 +334,7 @@ class ScoreStreamResponse(_message.Message):
 
     @_builtins.property
     def part(self) -> Global___ScorePart:
-        """Tokens of an answer too large for one message, in order."""
+        """Tokens and distributions of an answer too large for one message, in order."""
 
     def __init__(
         self,
@@ -631,6 +639,7 @@ class GetModelResponse(_message.Message):
     BOS_TOKEN_ID_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     TOKENIZER_REVISION_FIELD_NUMBER: _builtins.int
+    ALLOWS_FULL_DISTRIBUTION_FIELD_NUMBER: _builtins.int
     vocabulary_size: _builtins.int
     """Number of token ids, which go from 0 to this - 1."""
     context_length: _builtins.int
@@ -641,6 +650,8 @@ class GetModelResponse(_message.Message):
     """Whether the model can take a conversation."""
     tokenizer_revision: _builtins.str
     """Digest of the tokenizer, in hexadecimal; the same for the same tokens of every text."""
+    allows_full_distribution: _builtins.bool
+    """Whether requests may ask for a `full_distribution`."""
     @_builtins.property
     def model(self) -> Global___ModelIdentity:
         """The model and the numeric type it computes in. Always set."""
@@ -669,10 +680,11 @@ class GetModelResponse(_message.Message):
         bos_token_id: _builtins.int | None = ...,
         has_chat_template: _builtins.bool = ...,
         tokenizer_revision: _builtins.str = ...,
+        allows_full_distribution: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id", "bos_token_id", b"bos_token_id", "defaults", b"defaults", "limits", b"limits", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id", "bos_token_id", b"bos_token_id", "context_length", b"context_length", "defaults", b"defaults", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "limits", b"limits", "model", b"model", "tokenizer_revision", b"tokenizer_revision", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id", "allows_full_distribution", b"allows_full_distribution", "bos_token_id", b"bos_token_id", "context_length", b"context_length", "defaults", b"defaults", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "limits", b"limits", "model", b"model", "tokenizer_revision", b"tokenizer_revision", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bos_token_id: _TypeAlias = _typing.Literal["bos_token_id"]  # noqa: Y015
     _WhichOneofArgType__bos_token_id: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id"]  # noqa: Y015
@@ -937,27 +949,33 @@ Global___LogprobOptions: _TypeAlias = LogprobOptions  # noqa: Y015
 
 @_typing.final
 class ScorePart(_message.Message):
-    """Tokens of an answer too large for one message."""
+    """Tokens of an answer too large for one message, or a piece of a distribution."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    NEXT_LOGPROBS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Which sequence, from 0, in the order of `ScoreResponse.sequences`."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """Next tokens of that sequence, in order, at least one."""
+        """Next tokens of that sequence, in order. Empty in a part of `next_logprobs`."""
+
+    @_builtins.property
+    def next_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Next values of that sequence's `NextToken.logprobs`, in order. Empty in a part of `tokens`."""
 
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
         tokens: _abc.Iterable[Global___Token] | None = ...,
+        next_logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_logprobs", b"next_logprobs", "sequence", b"sequence", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1130,6 +1148,7 @@ class NextToken(_message.Message):
     NAMED_FIELD_NUMBER: _builtins.int
     TAIL_LOGPROB_FIELD_NUMBER: _builtins.int
     ENTROPY_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     tail_logprob: _builtins.float
     """Natural log of the probability outside `top`, in nats, at most 0. Unset if no `top_count` was asked for."""
     entropy: _builtins.float
@@ -1142,6 +1161,12 @@ class NextToken(_message.Message):
     def named(self) -> _containers.RepeatedCompositeFieldContainer[Global___Alternative]:
         """As asked for by `token_ids`, in the order of the request."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """As asked for by `full_distribution`: the logprob of every token id, from 0 to `vocabulary_size` - 1. Empty if not
+        asked for, or if it came in parts.
+        """
+
     def __init__(
         self,
         *,
@@ -1149,10 +1174,11 @@ class NextToken(_message.Message):
         named: _abc.Iterable[Global___Alternative] | None = ...,
         tail_logprob: _builtins.float | None = ...,
         entropy: _builtins.float | None = ...,
+        logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_entropy", b"_entropy", "_tail_logprob", b"_tail_logprob", "entropy", b"entropy", "tail_logprob", b"tail_logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_entropy", b"_entropy", "_tail_logprob", b"_tail_logprob", "entropy", b"entropy", "named", b"named", "tail_logprob", b"tail_logprob", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_entropy", b"_entropy", "_tail_logprob", b"_tail_logprob", "entropy", b"entropy", "logprobs", b"logprobs", "named", b"named", "tail_logprob", b"tail_logprob", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__entropy: _TypeAlias = _typing.Literal["entropy"]  # noqa: Y015
     _WhichOneofArgType__entropy: _TypeAlias = _typing.Literal["_entropy", b"_entropy"]  # noqa: Y015
@@ -1182,7 +1208,7 @@ class ScoredSequence(_message.Message):
     """Whether greedy decoding would have chosen every scored token. Of equal logits it takes the lowest id."""
     pmi: _builtins.float
     """Total minus the total of the same token ids after the neutral context, in nats, of either sign. Unset if that was
-    not given.
+    not given, or if both are -inf.
     """
     context_token_count: _builtins.int
     """Tokens before the first scored one, 0 or more."""

@@ -6,6 +6,7 @@ float64 and rounded once, because torch's float32 one doubles the mean error.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -95,6 +96,7 @@ def position_logprobs(
             tail_logprob=found.tails[row] if counts[row] else None,
             named_logprobs=named.get(row, ()),
             entropy=found.entropies[row] if options[row].entropy else None,
+            all_logprobs=_all(logits[row], found.normalisers[row]) if options[row].full else (),
         )
         if found.sound[row]
         else None
@@ -196,6 +198,11 @@ def _named(logits: Tensor, normalisers: Tensor, options: Sequence[LogprobOptions
     left = iter(logprobs)
     named = {row: option.token_ids for row, option in enumerate(options) if option.token_ids}
     return {row: list(islice(left, len(token_ids))) for row, token_ids in named.items()}
+
+
+def _all(logits: Tensor, normaliser: Tensor) -> array[float]:
+    """Logprobs of one row's whole vocabulary, rounded once to float32."""
+    return array("f", (logits.double() - normaliser).float().cpu().numpy().tobytes())
 
 
 def _entropies(

@@ -32,6 +32,7 @@ from logprobs_server.engine.device import DeviceModel
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
 from logprobs_server.engine.lean import LeanModel, kept_dtype
 from logprobs_server.engine.types import ModelDescription
+from logprobs_server.text.conversation import ConversationEnd, Message, Render, TemplateRefusedError
 
 __all__ = [
     "LoadOptions",
@@ -84,10 +85,10 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTokenizer:
-    """A tokenizer, and whether the model has a template for conversations."""
+    """A tokenizer, and the model's template for conversations; None if it has none."""
 
     tokenizer: Tokenizer
-    has_chat_template: bool
+    render: Render | None
 
 
 class _Group:
@@ -297,7 +298,25 @@ def load_tokenizer(path: str, name: str) -> LoadedTokenizer:
         tokenizer = known.backend_tokenizer if file is None else Tokenizer.from_file(file)
     except Exception as error:  # the tokenizers package raises bare exceptions
         raise ModelNotServableError(f"{name}: no usable tokenizer: {_first_line(error)}") from error
-    return LoadedTokenizer(tokenizer=tokenizer, has_chat_template=bool(known.chat_template))
+    return LoadedTokenizer(tokenizer=tokenizer, render=_renderer(known) if known.chat_template else None)
+
+
+def _renderer(tokenizer: Any) -> Render:
+    """The tokenizer's template as a function of messages."""
+
+    def render(messages: Sequence[Message], end: ConversationEnd) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                tokenize=False,
+                add_generation_prompt=end is ConversationEnd.ASSISTANT_HEADER,
+                continue_final_message=end is ConversationEnd.CONTINUE_LAST,
+            )
+        except Exception as error:  # a template is a program of the model's makers, and may raise anything
+            raise TemplateRefusedError(_first_line(error)) from error
+        return text
+
+    return render
 
 
 def _config(options: LoadOptions) -> Any:

@@ -185,7 +185,7 @@ class Scheduler:
         continuation = job.continuation(index)
         token_ids = list(job.prefix) + list(continuation.token_ids if continuation else ())
         # Nothing follows the last token of a continuation, so it is computed only if what would follow is asked for.
-        goal = len(token_ids) if continuation is None or job.wants_next_token else max(prefix, len(token_ids) - 1)
+        goal = len(token_ids) if continuation is None or job.next_options else max(prefix, len(token_ids) - 1)
         branch = Sequence(job, index, token_ids, blocks, computed=prefix, goal=goal)
         if continuation is not None:
             branch.targets_from = prefix + continuation.scored_from

@@ -95,8 +95,8 @@ class Sequence:
         """The row that follows the last token there is, if one is wanted."""
         if self.completion is not None:
             return Row(sequence=self, options=self.options, draw=self.completion.next_draw())
-        if self.branch is not None and self.job.wants_next_token:
-            return Row(sequence=self, options=self.options)
+        if self.branch is not None and (options := self.job.next_options) is not None:
+            return Row(sequence=self, options=options)
         return None
 
 
@@ -249,9 +249,9 @@ class JobState:
         return self.job.stopping.deadline_s if isinstance(self.job, GenerateJob) else None
 
     @property
-    def wants_next_token(self) -> bool:
-        """Whether the distribution after each continuation is wanted."""
-        return isinstance(self.job, ScoreJob) and self.job.next_token
+    def next_options(self) -> LogprobOptions | None:
+        """What is told of the token after each continuation; None tells nothing of it."""
+        return self.job.next_logprobs if isinstance(self.job, ScoreJob) else None
 
     @property
     def branch_count(self) -> int:

@@ -40,11 +40,12 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobOptions:
-    """What to tell about a position besides the logprob of its token."""
+    """What to tell about a position besides the logprob of its token; `full` is the logprob of every token."""
 
     top_count: int = 0
     token_ids: tuple[int, ...] = ()
     entropy: bool = False
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +100,14 @@ class ScoreJob:
     """Scores continuations of one prefix, which is computed once.
 
     A token that nothing precedes has no distribution and is not reported: it is for the caller to add.
+
+    next_logprobs: what to tell of the token that would come after each continuation; None tells nothing of it.
     """
 
     prefix: tuple[int, ...]
     continuations: tuple[Continuation, ...]
     logprobs: LogprobOptions
-    next_token: bool = False
+    next_logprobs: LogprobOptions | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +140,7 @@ class PositionLogprobs:
     tail_logprob: log of the probability outside `top_ids`; None if no top was asked for.
     named_logprobs: of the token ids asked for, in their order.
     entropy: in nats; None if not asked for.
+    all_logprobs: of every token id, in order, as an array of float32; empty if not asked for.
     """
 
     token_id: int | None
@@ -148,6 +152,7 @@ class PositionLogprobs:
     tail_logprob: float | None = None
     named_logprobs: Sequence[float] = ()
     entropy: float | None = None
+    all_logprobs: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import tokenizers
 
 from logprobs_server.text.spelling import Json, Spell, UnsupportedTokenizerError, speller, starts_without_space
 
-__all__ = ["Encoding", "PairEncoding", "UnsupportedTokenizerError", "Vocabulary"]
+__all__ = ["Encoding", "PairEncoding", "Ranges", "UnsupportedTokenizerError", "Vocabulary"]
+
+Ranges = tuple[tuple[int, int], ...]
+"""Parts of a text, in characters: each from the first number up to the second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +114,54 @@ class Vocabulary:
         """How a special token is spelled; empty for others."""
         return self._special.get(token_id, "")
 
-    def encode(self, text: str, add_special_tokens: bool) -> Encoding:
+    @property
+    def special_names(self) -> frozenset[str]:
+        """How the special tokens are spelled."""
+        return frozenset(self._special.values())
+
+    def encode(self, text: str, add_special_tokens: bool, plain: Ranges = ()) -> Encoding:
         """The tokens of a text, with those that the tokenizer puts around it if `add_special_tokens`.
 
         A leading space that the tokenizer adds is taken off the first token of the text.
+
+        Args:
+            plain: where the text spells special tokens that are to be ordinary text.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if not plain:
+            return self._encode(self._tokenizer, text, add_special_tokens)
+        assert not add_special_tokens
+        parts = [self._encode(tokenizer, part, False) for tokenizer, part in self._sections(text, plain) if part]
+        return Encoding(
+            token_ids=tuple(token_id for part in parts for token_id in part.token_ids),
+            pieces=tuple(piece for part in parts for piece in part.pieces),
+            text_changed=any(part.text_changed for part in parts),
+        )
+
+    def _sections(self, text: str, plain: Ranges) -> Iterator[tuple[tokenizers.Tokenizer, str]]:
+        """The text in parts to be tokenised one by one, as tokenizers do with what is between special tokens."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        own = [ends for i, ends in zip(found.ids, found.offsets, strict=True) if i in self._special]
+        special = [ends for ends in own if not _overlaps(ends, plain)]
+        starts, stops = [start for start, _ in special], [stop for _, stop in special]
+        at = 0
+        for first, last in plain:
+            start = stops[i - 1] if (i := bisect_right(stops, first)) else 0
+            stop = starts[i] if (i := bisect_left(starts, last)) < len(starts) else len(text)
+            if start >= at:
+                yield self._tokenizer, text[at:start]
+                yield self._plain_tokenizer, text[start:stop]
+                at = stop
+        yield self._tokenizer, text[at:]
+
+    @cached_property
+    def _plain_tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer without an eye for special tokens."""
+        tokenizer = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def _encode(self, tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> Encoding:
+        encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         ids, around = encoding.ids, encoding.special_tokens_mask
         pieces = [b"" if added else self._spellings[i] for i, added in zip(ids, around, strict=True)]
         if self._unknown_id in ids:
@@ -127,14 +173,16 @@ class Vocabulary:
                 pieces[first] = pieces[first].removeprefix(b" ")
         return Encoding(token_ids=tuple(ids), pieces=tuple(pieces), text_changed=b"".join(pieces) != given)
 
-    def encode_pair(self, context: str, continuation: str, add_special_tokens: bool) -> PairEncoding:
+    def encode_pair(
+        self, context: str, continuation: str, add_special_tokens: bool, plain: Ranges = ()
+    ) -> PairEncoding:
         """The tokens of a context and its continuation, tokenised as one text.
 
         The continuation's are those after the longest common prefix with the context's own tokens, and never fewer than
         those that end behind the context.
         """
-        alone = self._encode_context(context, add_special_tokens)
-        whole = self.encode(context + continuation, add_special_tokens)
+        alone = self._encode_context(context, add_special_tokens, plain)
+        whole = self.encode(context + continuation, add_special_tokens, plain)
         seen = sum(map(len, alone.pieces)) if whole.text_changed else len(context.encode())
         common = _first(a != b for a, b in zip(alone.token_ids, whole.token_ids, strict=False))
         inside = _first(end > seen for end in accumulate(map(len, whole.pieces)))
@@ -178,6 +226,12 @@ def _spellings(content: Json, spell: Spell, size: int) -> list[bytes]:
     if largest >= size:
         raise UnsupportedTokenizerError(f"the tokenizer has a token {largest}, the model only {size} tokens")
     return [spelled.get(token_id, b"") for token_id in range(size)]
+
+
+def _overlaps(ends: tuple[int, int], ranges: Ranges) -> bool:
+    """Whether a part of a text shares characters with one of the ranges, which are in order."""
+    behind = bisect_left(ranges, (ends[1], 0))
+    return behind > 0 and ranges[behind - 1][1] > ends[0]
 
 
 def _first(conditions: Iterable[bool]) -> int:
