@@ -5,10 +5,11 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.bench-ready
 PROTO := protos/logprobs/v1/logprobs.proto
 ARGS ?=
 
-.PHONY: demo serve test check proto baseline bench clean
+.PHONY: demo serve test check proto baseline bench bench-peers clean
 
 demo: $(READY)
 	$(BIN)/python -m logprobs_server.demo $(ARGS)
@@ -37,15 +38,25 @@ proto: $(READY)
 baseline: $(READY)
 	$(BIN)/buf build --exclude-source-info -o protos/baseline.json
 
-bench: $(READY)
-	$(BIN)/python -m bench $(ARGS)
+# Beside transformers, which is there; PICTURE is an .svg or .png file.
+PICTURE ?= build/bench.svg
+bench: $(BENCH_READY)
+	$(BIN)/python -m bench --picture $(PICTURE) $(ARGS)
+
+# Beside the other rivals too. The first time it installs them into .venv-peers: 7 GB, about a quarter of an hour.
+bench-peers: $(BENCH_READY)
+	$(BIN)/python -m bench --picture $(PICTURE) --rivals all $(ARGS)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-peers
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cli,server,dev]'
+	touch $@
+
+$(BENCH_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@

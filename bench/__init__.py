@@ -1,1 +1,1 @@
-"""Benchmarks: questions about speed, asked of the service over its port and of rivals in the same run."""
+"""Benchmarks: questions about speed, asked of the service over its port and of its rivals in the same run."""

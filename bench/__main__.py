@@ -1,7 +1,8 @@
-"""`make bench`: the service over its port beside transformers, alternating, on the embedded model; ratios, not times.
+"""Asks the service, over its port, and rivals the same questions, in turn; prints a table and one JSON line.
 
-Expected ceilings: decoding reads all weights once a step, so tokens per second of one stream are at most the memory's
-bytes per second over the weights' bytes; scoring takes two operations per weight and token.
+All run on the embedded model with five alternatives for every token. Whoever is not asked is stopped meanwhile.
+Expected ceilings: a step reads all weights, and the keys and values of its streams, once; a scored token takes the
+products of the layers and of the head. Compare ratios of one run, not times of several.
 """
 
 from __future__ import annotations
@@ -11,97 +12,122 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
-from statistics import median
 
-import torch
 from logprobs_server.__main__ import parse
-from logprobs_server.demo import local_server
 from logprobs_server.models.progress import console_progress
 from logprobs_server.models.resolve import resolve_model
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer
 
-from bench import machine, ours
-from bench.workload import QUESTIONS
+from bench.figures import OURS, START
+from bench.machine import Machine
+from bench.peers import RIVALS, Setting, command
+from bench.report import report
+from bench.summary import measures
+from bench.worker import Worker, started
+from bench.workload import QUESTIONS, Question, make_task, warm_up
 
 __all__ = ["main"]
 
-_WEIGHTS = 134_515_008
-"""Of SmolLM2-135M, the tied head counted once."""
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "ERROR"}
+
+Results = dict[str, dict[str, list[dict[str, float]]]]
 
 
 def main() -> None:
-    """Runs every question several times, ours and theirs in turn, and prints a table and one JSON line."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
+    """Runs what the command line asks for."""
+    options = _options()
+    questions = [q for q in QUESTIONS if any(fnmatch(q.key, pattern) for pattern in options.only)]
     folder = resolve_model(None, parse([], dict(os.environ)).cache_dir, console_progress(sys.stderr)).folder
     assert folder is not None
-    dtype = getattr(torch, options.dtype)
-    bandwidth, flops = machine.read_bytes(), machine.product_flops(dtype)
-    results = _measure(folder, options.dtype, options.runs)
-    ceilings = {
-        "decode, 1 stream": bandwidth / (_WEIGHTS * dtype.itemsize),
-        "score, 16 x 256 tokens": flops / (2 * _WEIGHTS),
-        "score, 1 x 2,000 tokens": flops / (2 * _WEIGHTS),
-    }
-    _print(results, ceilings)
-    print(
-        json.dumps(
-            {
-                "dtype": options.dtype,
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-                "read_bytes_per_s": round(bandwidth),
-                "product_flops": round(flops),
-                "seconds": results,
-            }
-        )
+    setting = Setting(
+        folder=folder, dtype=options.dtype, threads=len(os.sched_getaffinity(0)), peers_dir=options.peers_dir
     )
+    setting.peers_dir.mkdir(parents=True, exist_ok=True)
+    machine_json = _output([sys.executable, "-m", "bench.machine", str(folder), options.dtype])
+    with _commands(setting, RIVALS if "all" in options.rivals else options.rivals, questions) as commands:
+        results: Results = defaultdict(lambda: defaultdict(list))
+        for run in range(options.runs):
+            _run(run, questions, commands, Tokenizer.from_file(str(folder / "tokenizer.json")), results)
+    report(results, Machine(**json.loads(machine_json)), options.picture)
 
 
-def _measure(folder: Path, dtype: str, runs: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every run, by question, of ours and of transformers."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    command = [sys.executable, "-m", "bench.transformers_peer", str(folder), dtype]
-    results: dict[str, dict[str, list[float]]] = {q.name: {"ours": [], "transformers": []} for q in QUESTIONS}
-    with (
-        local_server(["--dtype", dtype]) as target,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer,
-    ):
-        assert peer.stdin is not None
-        assert peer.stdout is not None
-        peer.stdout.readline()
-        for run in range(-1, runs):  # the first warms up
-            for question in QUESTIONS:
-                seconds = ours.answer(target, tokenizer, question, run)
-                print(f"{question.name} {run}", file=peer.stdin, flush=True)
-                theirs = float(peer.stdout.readline())
-                if run >= 0:
-                    results[question.name]["ours"].append(seconds)
-                    results[question.name]["transformers"].append(theirs)
-        peer.stdin.close()
-    return results
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    keys = " ".join(question.key for question in QUESTIONS)
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help=f"questions, of: {keys}")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--runs", type=int, default=3, help="times that everyone is started and asked everything")
+    parser.add_argument("--rivals", nargs="*", choices=("all", *RIVALS), default=["transformers"])
+    parser.add_argument("--peers-dir", type=Path, default=Path(".venv-peers"), help="where rivals are installed")
+    parser.add_argument("--picture", type=Path, help="an .svg or .png file to draw")
+    return parser.parse_args()
 
 
-def _print(results: dict[str, dict[str, list[float]]], ceilings: dict[str, float]) -> None:
-    table = Table("question", "ours, tokens/s", "spread", "transformers, tokens/s", "ratio", "of the ceiling", box=None)
-    for question in QUESTIONS:
-        seconds, theirs = results[question.name]["ours"], results[question.name]["transformers"]
-        rate = question.tokens / median(seconds)
-        ceiling = ceilings.get(question.name)
-        table.add_row(
-            question.name,
-            f"{rate:.0f}",
-            f"{question.tokens / max(seconds):.0f} to {question.tokens / min(seconds):.0f}",
-            f"{question.tokens / median(theirs):.0f}",
-            f"{median(theirs) / median(seconds):.1f}",
-            "" if ceiling is None else f"{rate / ceiling:.2f}",
-        )
-    Console(width=120).print(table)
+@contextmanager
+def _commands(setting: Setting, rivals: Iterable[str], questions: Sequence[Question]) -> Iterator[dict[str, list[str]]]:
+    """The programs to ask, by name: ours, the parts of it that questions are about, rivals."""
+    python = [sys.executable, "-m"]
+    ours = [*python, "bench.subjects.ours", "--dtype", setting.dtype]
+    commands = {OURS: ours} | {name: command(RIVALS[name], setting) for name in rivals}
+    wanted = {question.of for question in questions}
+    if "engine" in wanted:
+        commands["engine"] = [*python, "bench.subjects.engine", "--dtype", setting.dtype]
+    with tempfile.TemporaryDirectory() as wide:
+        if "wide" in wanted:
+            _output([*python, "bench.wide_model", str(setting.folder / "tokenizer.json"), wide])
+            commands["wide"] = [*ours, "--model", wide]
+        yield commands
+
+
+def _run(
+    run: int, questions: Sequence[Question], commands: dict[str, list[str]], tokenizer: Tokenizer, results: Results
+) -> None:
+    """Starts everyone, and asks them every question in turn, each run in another order."""
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name, line in commands.items():
+            worker = workers[name] = stack.enter_context(started(line, _ENVIRONMENT))
+            if name == OURS or name in RIVALS:
+                results[name][START].append({"seconds": worker.ready_s, "mib": worker.idle_mib})
+        for question in questions:
+            names = [name for name in workers if _answers(name, question)]
+            turn = run % len(names)
+            for name in names[turn:] + names[:turn]:
+                found = _asked(workers[name], question, tokenizer, run)
+                print(f"run {run} · {question.name} · {name}: {found['tokens_s']:.0f} tokens/s", file=sys.stderr)
+                results[OURS if question.of else name][question.key].append(found)
+
+
+def _answers(name: str, question: Question) -> bool:
+    """Whether someone is asked, and can do, what the question wants."""
+    if name in RIVALS:
+        return question.of is None and question.kind in RIVALS[name].kinds
+    return name == (question.of or OURS)
+
+
+def _asked(worker: Worker, question: Question, tokenizer: Tokenizer, run: int) -> dict[str, float]:
+    """What a question's answer shows, how much memory it took, and how many cores were busy with something else."""
+    with worker.awake():
+        if question.warm:
+            worker.ask(make_task(warm_up(question), tokenizer, ("warm-up", run)))
+        task, before_mib = make_task(question, tokenizer, run), worker.reset_peak()
+        foreign_s = worker.foreign_s()
+        found = measures(worker.ask(task), question.tokens, question.completions)
+        foreign = max(0.0, worker.foreign_s() - foreign_s) / found["seconds"]
+        peak_mib = worker.peak_mib()
+    return {**found, "mib": peak_mib, "grown_mib": peak_mib - before_mib, "foreign_cores": foreign}
+
+
+def _output(line: list[str]) -> str:
+    return subprocess.check_output(line, text=True, cwd=Path(__file__).parent.parent)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,112 @@
-"""What the machine could do at best: bytes read from memory, and products, per second."""
+"""What the machine could do at best: bytes read from memory per second, and the model's own products.
+
+Measured in a process of its own, whose threads are gone when subjects are asked.
+"""
 
 from __future__ import annotations
 
+import json
+import platform
+import re
+import sys
 import time
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-__all__ = ["product_flops", "read_bytes"]
+__all__ = ["Machine", "measure"]
 
 _READ_BYTES = 1 << 30
-_SIDE = 2048
+_TRIES = 3
+_ROWS = (128, 512)
+"""Rows of a product: few enough for results that allocators keep, and as many as prompts have; the faster counts."""
 
 
-def read_bytes() -> float:
-    """Bytes per second that all cores together read from memory."""
-    block = torch.zeros(_READ_BYTES // 8, dtype=torch.float64)
-    return _READ_BYTES / _median_s(lambda: block.sum())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The machine's ceilings for one model in one type.
+
+    layers_s, head_s: seconds that the products of all layers, and of the head, take per token, many tokens at once.
+    weight_bytes: read by every step. kv_bytes: keys and values of one token.
+    """
+
+    processor: str
+    threads: int
+    torch: str
+    dtype: str
+    read_bytes_per_s: float
+    layers_s: float
+    head_s: float
+    weight_bytes: int
+    kv_bytes: int
+
+    def step_s(self, streams: int, context: float) -> float:
+        """Seconds of a step: weights, keys and values read once, or the products, whatever takes longer."""
+        read = self.weight_bytes + streams * context * self.kv_bytes
+        return max(read / self.read_bytes_per_s, streams * (self.layers_s + self.head_s))
 
 
-def product_flops(dtype: torch.dtype) -> float:
-    """Floating point operations per second of a large product in this type."""
-    left, right = torch.randn(2, _SIDE, _SIDE, dtype=dtype)
-    return float(2 * _SIDE**3 / _median_s(lambda: left @ right))
+def measure(folder: Path, dtype: torch.dtype) -> Machine:
+    """Takes the best of several tries of everything."""
+    config = json.loads((folder / "config.json").read_text())
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    width = config.get("head_dim") or hidden // config["num_attention_heads"]
+    queries, pairs = config["num_attention_heads"] * width, 2 * config["num_key_value_heads"] * width
+    layer = [(queries + pairs, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner)]
+    head = [(config["vocab_size"], hidden)]
+    return Machine(
+        processor=_processor(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        dtype=str(dtype).removeprefix("torch."),
+        read_bytes_per_s=_read_bytes_per_s(),
+        layers_s=_products_s(layer * layers, dtype),
+        head_s=_products_s(head, dtype),
+        weight_bytes=dtype.itemsize * sum(n * k for n, k in layer * layers + head),
+        kv_bytes=dtype.itemsize * layers * pairs,
+    )
 
 
-def _median_s(work: Callable[[], object]) -> float:
+def _read_bytes_per_s() -> float:
+    """With all cores; two ways of reading, since either may have a bound of its own."""
+    block = torch.ones(_READ_BYTES // 4)
+    return _READ_BYTES / min(_best_s(block.sum), _best_s(block.max))
+
+
+@torch.inference_mode()
+def _products_s(shapes: list[tuple[int, int]], dtype: torch.dtype) -> float:
+    """Seconds per row of products with all these weights, one after the other; as they are, or packed for it."""
+    weights = [torch.randn(shape).to(dtype) for shape in shapes]
+    return min(_best_s(products) / rows for rows in _ROWS for products in _products(weights, rows))
+
+
+def _products(weights: list[Tensor], rows: int) -> Iterator[Callable[[], object]]:
+    """Each way to multiply so many rows by all weights; those of one size share their rows."""
+    inputs = {width: torch.randn(rows, width).to(weights[0].dtype) for width in {w.shape[1] for w in weights}}
+    work = [(inputs[weight.shape[1]], weight) for weight in weights]
+    yield lambda: [functional.linear(x, weight) for x, weight in work]
+    if torch._C._has_mkldnn:
+        packed = [(x, torch.ops.mkldnn._reorder_linear_weight(weight, rows)) for x, weight in work]
+        yield lambda: [torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") for x, weight in packed]
+
+
+def _best_s(work: Callable[[], object]) -> float:
     times = []
-    work()
-    for _ in range(5):
+    for _ in range(1 + _TRIES):  # the first warms up
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return median(times)
+    return min(times)
+
+
+def _processor() -> str:
+    named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return named[1] if named else platform.machine()
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure(Path(sys.argv[1]), getattr(torch, sys.argv[2])))))

@@ -1,0 +1,60 @@
+"""What the benchmark asks of a subject and what it is told, as JSON. Plain data: rivals' environments hold no more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["LATE_AFTER", "LATE_NEW_TOKENS", "Answer", "Stream", "Task"]
+
+LATE_AFTER = 64
+"""Messages that every stream has seen when the late prompt comes in."""
+LATE_NEW_TOKENS = 8
+"""Tokens generated after the late prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Work for one subject, all clients at once.
+
+    prompts: token ids, of every client those that it asks one after the other.
+    new_tokens: generated per completion; 0 scores the prompts, or the choices that follow them.
+    completions: drawn per prompt: greedily if it is one, else at temperature 0.8.
+    top: alternatives per token.
+    late: a prompt that comes in while the others decode; none if empty.
+    """
+
+    prompts: list[list[list[int]]]
+    new_tokens: int
+    completions: int
+    choices: list[list[int]]
+    top: int
+    late: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """When one request was sent, when tokens arrived, in seconds of one clock, and how many each time."""
+
+    start: float
+    times: list[float]
+    counts: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """How a task went: seconds from the first request to the last token, and the streams of what was generated."""
+
+    seconds: float
+    streams: list[Stream]
+    late: Stream | None = None
+
+    @classmethod
+    def from_json(cls, value: Any) -> Answer:
+        """What `dataclasses.asdict` made of an answer."""
+        late = value["late"]
+        return cls(
+            seconds=value["seconds"],
+            streams=[Stream(**stream) for stream in value["streams"]],
+            late=late and Stream(**late),
+        )

