@@ -8,6 +8,7 @@ from __future__ import annotations
 from logprobs.calls import AsyncGenerateStream, GenerateStream
 from logprobs.client import AsyncClient, Client
 from logprobs.errors import (
+    BrokenScoreStreamError,
     CallError,
     DeadlineExceededError,
     IncompleteStreamError,
@@ -27,11 +28,16 @@ from logprobs.errors import (
 )
 from logprobs.generation import Completion, Generation
 from logprobs.ranking import bits_per_byte, mean_logprob, perplexity, rank
+from logprobs.requests import score_request
+from logprobs.score_stream import AsyncScoreStream, ScoreStream
+from logprobs.scoring import StreamedScore
 from logprobs.stream import StreamAssembler
 
 __all__ = [
     "AsyncClient",
     "AsyncGenerateStream",
+    "AsyncScoreStream",
+    "BrokenScoreStreamError",
     "CallError",
     "Client",
     "Completion",
@@ -47,8 +53,10 @@ __all__ = [
     "PermissionDeniedError",
     "RequestCancelledError",
     "ResourceExhaustedError",
+    "ScoreStream",
     "StreamAssembler",
     "StreamError",
+    "StreamedScore",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
@@ -57,4 +65,5 @@ __all__ = [
     "mean_logprob",
     "perplexity",
     "rank",
+    "score_request",
 ]

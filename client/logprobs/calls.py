@@ -18,7 +18,7 @@ from logprobs.status import call_error
 from logprobs.stream import StreamAssembler
 from logprobs.v1 import logprobs_pb2 as pb
 
-__all__ = ["AsyncGenerateStream", "GenerateStream"]
+__all__ = ["AsyncGenerateStream", "GenerateStream", "this_task_is_cancelled"]
 
 
 class _Stream:
@@ -107,7 +107,7 @@ class AsyncGenerateStream(_Stream):
         except grpc.RpcError as error:
             raise self._broken(call_error(error)) from error
         except asyncio.CancelledError:
-            if _this_task_is_cancelled():
+            if this_task_is_cancelled():
                 raise
             raise self._broken(RequestCancelledError("cancelled by the client", status="CANCELLED")) from None
 
@@ -126,7 +126,7 @@ class AsyncGenerateStream(_Stream):
         self.cancel()
 
 
-def _this_task_is_cancelled() -> bool:
+def this_task_is_cancelled() -> bool:
     """gRPC raises CancelledError for a call that was cancelled, too; it is no end of the task that reads it."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -6,7 +6,8 @@ How requests are built, streams read and errors told is for the modules beside t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -23,6 +24,7 @@ from logprobs.requests import (
     score_request,
     tokenize_request,
 )
+from logprobs.score_stream import MAX_IN_FLIGHT, AsyncScoreStream, ScoreStream
 from logprobs.status import call_error
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
@@ -69,6 +71,23 @@ class Client:
     ) -> pb.ScoreResponse:
         """Scores the continuations given the context, or the context itself if there are none."""
         return self._answer(self._stub.Score, score_request(context, continuations, **options))
+
+    def score_stream(
+        self,
+        requests: Iterable[InputLike | pb.ScoreRequest],
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        **options: Unpack[ScoreOptions],
+    ) -> ScoreStream:
+        """Scores many requests over one stream and gives results as they come, in any order.
+
+        Args:
+            requests: ready requests, or what is scored by itself; taken on another thread, as there is room.
+            max_in_flight: requests that may be without a result at once.
+            options: set on top of every request.
+        """
+        build = partial(score_request, **options)
+        return ScoreStream(self._stub.ScoreStream, self._settings, requests, build, max_in_flight)
 
     def generate(self, prompt: InputLike | pb.GenerateRequest, **options: Unpack[GenerateOptions]) -> GenerateStream:
         """Starts to generate completions of the prompt; errors are raised when the stream is read."""
@@ -137,6 +156,23 @@ class AsyncClient:
     ) -> pb.ScoreResponse:
         """Scores the continuations given the context, or the context itself if there are none."""
         return await self._answer(self._stub.Score, score_request(context, continuations, **options))
+
+    def score_stream(
+        self,
+        requests: Iterable[InputLike | pb.ScoreRequest] | AsyncIterable[InputLike | pb.ScoreRequest],
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        **options: Unpack[ScoreOptions],
+    ) -> AsyncScoreStream:
+        """Scores many requests over one stream and gives results as they come, in any order.
+
+        Args:
+            requests: ready requests, or what is scored by itself; taken as there is room.
+            max_in_flight: requests that may be without a result at once.
+            options: set on top of every request.
+        """
+        build = partial(score_request, **options)
+        return AsyncScoreStream(self._stub.ScoreStream, self._settings, requests, build, max_in_flight)
 
     def generate(
         self, prompt: InputLike | pb.GenerateRequest, **options: Unpack[GenerateOptions]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from logprobs.generation import Generation
 
 __all__ = [
+    "BrokenScoreStreamError",
     "CallError",
     "DeadlineExceededError",
     "IncompleteStreamError",
@@ -26,6 +27,7 @@ __all__ = [
     "UnavailableError",
     "UnimplementedError",
     "Violation",
+    "error_kind",
 ]
 
 
@@ -114,6 +116,28 @@ class RequestCancelledError(CallError):
 
 class InternalError(CallError):
     """INTERNAL: the server's fault; its log tells more under the request id."""
+
+
+_KINDS: dict[str, type[CallError]] = {
+    "CANCELLED": RequestCancelledError,
+    "DEADLINE_EXCEEDED": DeadlineExceededError,
+    "INTERNAL": InternalError,
+    "INVALID_ARGUMENT": InvalidRequestError,
+    "PERMISSION_DENIED": PermissionDeniedError,
+    "RESOURCE_EXHAUSTED": ResourceExhaustedError,
+    "UNAUTHENTICATED": UnauthenticatedError,
+    "UNAVAILABLE": UnavailableError,
+    "UNIMPLEMENTED": UnimplementedError,
+}
+
+
+def error_kind(status: str) -> type[CallError]:
+    """The class of error that a status, by its name, is raised as."""
+    return _KINDS.get(status, CallError)
+
+
+class BrokenScoreStreamError(LogprobsError):
+    """A stream of scores that breaks a rule of the contract, or left requests unanswered; what it gave is valid."""
 
 
 class StreamError(LogprobsError):

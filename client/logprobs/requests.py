@@ -36,7 +36,7 @@ _CRITERIA: dict[str, pb.RankingCriterion.ValueType] = {
 _LONG_INPUT: dict[str, pb.LongInput.ValueType] = {"refuse": pb.LONG_INPUT_REFUSE, "roll": pb.LONG_INPUT_ROLL}
 _LISTS = ("token_ids", "stop_token_ids")
 _COLLECTIONS = (*_LISTS, "stop", "logit_bias")
-_SCORE = ("roll_stride", "totals_only", "next_token")
+_SCORE = ("roll_stride", "totals_only", "next_token", "full_distribution")
 _GENERATE = ("max_tokens", "completion_count", "best_of")
 _SAMPLING = (
     "temperature",
@@ -62,7 +62,8 @@ class ScoreOptions(TypedDict, total=False):
     """Options of a Score request; None leaves the choice to the server.
 
     top: alternatives per position, the most probable tokens. token_ids: alternatives by id, in this order.
-    entropy: also of each position. next_token: also the distribution after the last token.
+    entropy: also of each position. next_token: also the distribution after the last token;
+    full_distribution: with the logprob of every token id, where the server allows it.
     neutral_context: score each continuation after this too, for `pmi`.
     """
 
@@ -74,6 +75,7 @@ class ScoreOptions(TypedDict, total=False):
     roll_stride: int | None
     totals_only: bool
     next_token: bool
+    full_distribution: bool
 
 
 class GenerateOptions(TypedDict, total=False):

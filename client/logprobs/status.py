@@ -12,35 +12,12 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from logprobs.errors import (
-    CallError,
-    DeadlineExceededError,
-    InternalError,
-    InvalidRequestError,
-    PermissionDeniedError,
-    RequestCancelledError,
-    ResourceExhaustedError,
-    UnauthenticatedError,
-    UnavailableError,
-    UnimplementedError,
-    Violation,
-)
+from logprobs.errors import CallError, Violation, error_kind
 
 __all__ = ["REQUEST_ID", "call_error"]
 
 REQUEST_ID = "x-request-id"
 _DETAILS = "grpc-status-details-bin"
-_KINDS: dict[str, type[CallError]] = {
-    "CANCELLED": RequestCancelledError,
-    "DEADLINE_EXCEEDED": DeadlineExceededError,
-    "INTERNAL": InternalError,
-    "INVALID_ARGUMENT": InvalidRequestError,
-    "PERMISSION_DENIED": PermissionDeniedError,
-    "RESOURCE_EXHAUSTED": ResourceExhaustedError,
-    "UNAUTHENTICATED": UnauthenticatedError,
-    "UNAVAILABLE": UnavailableError,
-    "UNIMPLEMENTED": UnimplementedError,
-}
 
 
 def call_error(error: grpc.RpcError) -> CallError:
@@ -50,7 +27,7 @@ def call_error(error: grpc.RpcError) -> CallError:
     _unpack(_value(call.trailing_metadata(), _DETAILS), (info, bad, retry))
     status = call.code().name
     request_id = info.metadata.get("request_id") or _value(call.initial_metadata(), REQUEST_ID)
-    return _KINDS.get(status, CallError)(
+    return error_kind(status)(
         call.details() or "",
         status=status,
         reason=info.reason,

@@ -129,6 +129,7 @@ def test_each_option_of_score_has_its_field() -> None:
         roll_stride=8,
         totals_only=True,
         next_token=True,
+        full_distribution=True,
     )
     assert options.keys() == ScoreOptions.__annotations__.keys()
     request = score_request("Hi", ["a", [1]], **options)
@@ -141,6 +142,7 @@ def test_each_option_of_score_has_its_field() -> None:
         "roll_stride": 8,
         "totals_only": True,
         "next_token": True,
+        "full_distribution": True,
     }
 
 

@@ -195,7 +195,7 @@ class ScoreRequest(_message.Message):
     """What to do with an input longer than the model's context window. Default: refuse it."""
     roll_stride: _builtins.int
     """For LONG_INPUT_ROLL: new tokens scored per window, 1 or more, fewer than a window holds. The first window of a
-    sequence may score more: it is filled. Default: half the context window.
+    sequence may score more: it is filled. Windows count as continuations. Default: half the context window.
     """
     totals_only: _builtins.bool
     """Answer with totals only, without tokens. Default: false."""
@@ -293,7 +293,9 @@ class ScoreStreamRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Chosen by the caller, echoed in the answer; not empty, unique among the requests in flight."""
+    """Chosen by the caller, echoed in the answer; 1 to 1,024 bytes of UTF-8, unique among the requests in flight. Of a
+    longer one, which is refused, the answer holds the start.
+    """
     @_builtins.property
     def request(self) -> Global___ScoreRequest:
         """What to score. Required."""
@@ -763,7 +765,7 @@ class Limits(_message.Message):
     stop_strings: _builtins.int
     """Most stop strings of one request."""
     continuations: _builtins.int
-    """Most continuations of one request."""
+    """Most continuations, and most windows of long input, of one request."""
     alternatives: _builtins.int
     """Positions times alternatives of one request."""
     request_bytes: _builtins.int
@@ -1881,7 +1883,7 @@ class FieldViolation(_message.Message):
     FIELD_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     field: _builtins.str
-    """Path of the field, for example "sampling.top_p"."""
+    """Path of the field in ScoreStreamRequest, for example "request.logprobs.top_count"."""
     description: _builtins.str
     """The rule and the value that breaks it, the value cut to 64 characters."""
     def __init__(
