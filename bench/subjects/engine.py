@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ class EngineAlone(Streaming):
             if isinstance(events[-1], JobFinished | JobFailed):
                 loop.call_soon_threadsafe(finished.set)
 
-        self._ready.engine.submit(self._ready.validator.generate(as_request(prompt, task)).job, sink)
+        plan = self._ready.validator.generate(as_request(prompt, task), received_s=time.monotonic())
+        self._ready.engine.submit(plan.job, sink)
         await finished.wait()
 
     def count(self, message: Sequence[Event], top: int) -> int:
