@@ -68,6 +68,7 @@ class FakeModel:
         )
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
+        self.own_threads = False
         self.num_forwards = 0
         self.before_forward: Callable[[int], None] = lambda num_forwards: None
         self._logits = logits

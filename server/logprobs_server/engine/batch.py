@@ -27,11 +27,15 @@ class Chunk:
 
 
 class Model(Protocol):
-    """What the engine needs of a model."""
+    """What the engine needs of a model.
+
+    own_threads: whether it computes on threads of its own, which those of torch's operations must not get in the way of.
+    """
 
     description: ModelDescription
     device: torch.device
     num_blocks: int
+    own_threads: bool
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""

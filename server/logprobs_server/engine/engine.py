@@ -136,6 +136,8 @@ class TorchEngine:
             self._thread.join()
 
     def _run(self) -> None:
+        if self._model.own_threads:
+            torch.set_num_threads(1)  # of this thread; two teams at once cost up to half of a step
         while self._receive():
             try:
                 self._step()

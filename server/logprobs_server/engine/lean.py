@@ -39,6 +39,7 @@ class LeanModel:
         self.description = description
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
+        self.own_threads = True
         # [blocks, layers, heads, keys and values]. Untouched memory costs nothing; a block's first token clears it.
         kept = (num_blocks, len(architecture.layers), architecture.key_heads, 2 * BLOCK_SIZE * architecture.head_size)
         self._cache = torch.ops.logprobs.huge_pages(kept, kept_dtype(dtype))
@@ -132,11 +133,12 @@ def _weight(norm: Norm | None) -> Tensor | None:
 
 
 def _side_by_side(linear: Linear) -> Linear:
-    """A gate and its partner, stacked, in turns of 16 rows, so that one block of outputs holds what belongs together."""
+    """A gate and its partner, stacked, in turns of 16 rows: one block of outputs then holds what belongs together."""
 
     def turned(stored: Tensor) -> Tensor:
-        both = stored.unflatten(0, (2, -1))
+        both = stored.view(2, stored.shape[0] // 2, *stored.shape[1:])
         padding = [0, 0] * (stored.dim() - 1) + [0, -both.shape[1] % _LANES]
-        return functional.pad(both, padding).unflatten(1, (-1, _LANES)).transpose(0, 1).flatten(0, 2)
+        padded = functional.pad(both, padding)
+        return padded.view(2, -1, _LANES, *stored.shape[1:]).transpose(0, 1).flatten(0, 2)
 
     return Linear(weight=turned(linear.weight), bias=None if linear.bias is None else turned(linear.bias))

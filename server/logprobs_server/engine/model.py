@@ -162,7 +162,8 @@ class TransformersModel:
         self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         self._cache_name = _cache_name(self._body)
         shapes = _kv_shapes(self._body, self.device)
-        self.num_blocks = _num_blocks(shapes, kept_dtype(model.dtype), description, options, self.device)
+        self.own_threads = False
+        self.num_blocks = _num_blocks(shapes, model.dtype, description, options, self.device)
         self._layers = [
             _BlockLayer(*(self._new_store(heads, size, model.dtype) for heads, size in layer)) for layer in shapes
         ]

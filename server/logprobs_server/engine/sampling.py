@@ -95,10 +95,19 @@ def _touched(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _greedy(logits: Tensor, touched: bool) -> list[DrawnToken]:
     """The most probable token; argmax gives the first of equals."""
-    best = logits.argmax(dim=-1)
+    best = _largest(logits)
     possible = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1) > -torch.inf if touched else torch.ones_like(best)
     rows = zip(*fetched(best, possible.long()), strict=True)
     return [DrawnToken(token_id=token_id, sampling_logprob=0.0, set_size=some) for token_id, some in rows]
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """The id of each row's largest logit, of equals the lowest: [rows] int64."""
+    if not kernels.in_use(logits):
+        return logits.argmax(dim=-1)
+    ids = torch.empty(logits.shape[0], dtype=torch.int64)
+    torch.ops.logprobs.largest(logits.contiguous(), ids)
+    return ids
 
 
 def _sampled(

@@ -106,7 +106,7 @@ void remember(float* qkv, const Step& step, int64_t chunk, int64_t begin, int64_
 
 inline void call_for(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
 
-// scores[L][kBlock] = queries[L][size] · keys[size][kBlock], each sum from the first dimension to the last.
+// scores[L][kBlock] = queries[size][L] · keys[size][kBlock], each sum from the first dimension to the last.
 // ahead: what will be read next, as many bytes as `keys`.
 template <int L, class S>
 void score_block(const float* queries, const S* keys, int64_t size, float* scores, const S* ahead) {
@@ -119,11 +119,12 @@ void score_block(const float* queries, const S* keys, int64_t size, float* score
       for (size_t at = 0; at < kBlock; at += 64 / sizeof(S)) call_for(ahead + i * kBlock + at);
 #pragma GCC unroll 16
     for (int l = 0; l < L; ++l) {
-      const __m512 query = _mm512_set1_ps(queries[l * size + i]);
+      const __m512 query = _mm512_set1_ps(queries[i * L + l]);
       sums[l][0] = _mm512_fmadd_ps(query, left, sums[l][0]);
       sums[l][1] = _mm512_fmadd_ps(query, right, sums[l][1]);
     }
   }
+#pragma GCC unroll 16
   for (int l = 0; l < L; ++l) {
     store(scores + l * kBlock, sums[l][0]);
     store(scores + l * kBlock + kLanes, sums[l][1]);
@@ -150,6 +151,7 @@ void mix_block(const float* weights, const S* values, int64_t size, float* sums,
         mixed[l][1] = _mm512_fmadd_ps(weight, right, mixed[l][1]);
       }
     }
+#pragma GCC unroll 16
     for (int l = 0; l < L; ++l) {
       float* to = sums + l * size + i;
       store(to, _mm512_add_ps(load(to, first), mixed[l][0]), first);
@@ -201,19 +203,21 @@ void attend_tile(const float* qkv, const Step& step, int64_t chunk, int64_t row,
                  const Heads& heads, const Look& look, const Kept<K>& kept, T* out) {
   static thread_local Arena arena;
   const int64_t group = heads.group(), size = heads.size, lines = count * group, plane = heads.plane();
-  float* queries = arena.floats(lines * (2 * size + kBlock) + 2 * plane);  // [lines][size]
+  float* queries = arena.floats(lines * (2 * size + kBlock) + 2 * plane);  // of each group of lines [size][lines]
   float* sums = queries + lines * size;                                    // [lines][size]
   float* scores = sums + lines * size;                                     // [lines][kBlock]
   float* wide = scores + lines * kBlock;                                   // a block's keys, then values, in float32
   static thread_local std::vector<Line> state;
   state.assign(lines, Line{kMasked, 0.0f});
-  const __m512 scale = _mm512_set1_ps(look.scale);
-  for (int64_t l = 0; l < lines; ++l) {
-    const float* query = qkv + (row + l / group) * heads.width() + (head * group + l % group) * size;
-    each_vector(size, [&](int64_t i, __mmask16 lanes) {
-      store(queries + l * size + i, _mm512_mul_ps(load(query + i, lanes), scale), lanes);
+  const auto gather = [&]<int kMost>() {
+    each_group<kMost>(lines, [&](auto many, int64_t from) {
+      for (int64_t l = from; l < from + many.value; ++l) {
+        const float* query = qkv + (row + l / group) * heads.width() + (head * group + l % group) * size;
+        for (int64_t i = 0; i < size; ++i) queries[from * size + i * many.value + l - from] = query[i] * look.scale;
+      }
     });
-  }
+  };
+  lines <= kDirect ? gather.template operator()<kDirect>() : gather.template operator()<kRows>();
   std::fill_n(sums, lines * size, 0.0f);
   const int64_t first = step.positions[row], last = first + count - 1;
   const int64_t start = look.window > 0 ? std::max<int64_t>(0, first - look.window + 1) / kBlock : 0;

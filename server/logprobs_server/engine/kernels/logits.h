@@ -56,22 +56,27 @@ inline void search(const float* row, int64_t begin, int64_t end, float limit, in
   }
 }
 
-// Sums over row[begin … end), relative to the chunk's largest, of all that is not in `best`.
+// Sums over row[begin … end), relative to the chunk's largest, of all that is not in `best`. Four vectors of weights are
+// added in float32, which costs less than their own rounding, then in double.
 inline void accumulate(float* row, int64_t begin, int64_t end, bool moments, Part& part) {
   part.largest = part.best.front().value;
   if (part.largest == kMasked) return;
   for (const Candidate& candidate : part.best) row[candidate.id] = kMasked;
   __m512d total = _mm512_setzero_pd(), moment = _mm512_setzero_pd();
   const __m512 largest = _mm512_set1_ps(part.largest);
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const __mmask16 lanes = first_lanes(end - i);
-    const __m512 x = _mm512_sub_ps(_mm512_mask_loadu_ps(_mm512_set1_ps(kMasked), lanes, row + i), largest);
-    const __m512 weight = exponential(x);
-    total = _mm512_add_pd(total, add_halves(weight));
-    if (moments) {
-      const __mmask16 counts = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_GT_OQ);
-      moment = _mm512_add_pd(moment, add_halves(_mm512_maskz_mul_ps(counts, weight, x)));
+  for (int64_t i = begin; i < end; i += 4 * kLanes) {
+    __m512 weights = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int64_t j = i; j < i + 4 * kLanes; j += kLanes) {
+      const __m512 x = _mm512_sub_ps(_mm512_mask_loadu_ps(_mm512_set1_ps(kMasked), first_lanes(end - j), row + j), largest);
+      const __m512 weight = exponential(x);
+      weights = _mm512_add_ps(weights, weight);
+      if (moments) {
+        const __mmask16 counts = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_GT_OQ);
+        moment = _mm512_add_pd(moment, add_halves(_mm512_maskz_mul_ps(counts, weight, x)));
+      }
     }
+    total = _mm512_add_pd(total, add_halves(weights));
   }
   for (const Candidate& candidate : part.best) row[candidate.id] = candidate.value;
   part.total = _mm512_reduce_add_pd(total);
@@ -86,8 +91,8 @@ struct Told {
   int64_t* ids;     // and their ids
 };
 
-// Puts the parts of a row together. `rest` is what is left of a chunk's best when the top has taken its share.
-inline void conclude(const float* row, int64_t chosen, int64_t top, const Part* parts, int64_t chunks, const Told& told) {
+// Puts the parts of a row together; `limit` is the logit of the chosen token, +inf if that is the largest one's.
+inline void conclude(float limit, int64_t top, const Part* parts, int64_t chunks, const Told& told) {
   std::vector<Candidate> merged;
   int64_t rank = 1;
   bool odd = false;
@@ -99,10 +104,10 @@ inline void conclude(const float* row, int64_t chosen, int64_t top, const Part* 
   std::sort(merged.begin(), merged.end());
   odd = odd || merged.empty() || merged.front().value == kMasked;
   told.floats[4] = odd ? 1.0 : 0.0;
-  told.counts[0] = odd ? 0 : chosen < 0 ? 1 : rank;
+  told.counts[0] = odd ? 0 : rank;
   told.counts[1] = odd ? 0 : merged.front().id;
   if (odd) return;
-  told.floats[3] = chosen < 0 ? merged.front().value : row[chosen];
+  told.floats[3] = std::min(limit, merged.front().value);
   const float largest = merged.front().value;
   double tail = 0.0, moment = 0.0, head = 0.0;
   for (int64_t c = 0; c < chunks; ++c) {
@@ -136,25 +141,42 @@ inline void row_statistics(const Tensor& logits, const Tensor& chosen, const Ten
   float* all = data<float>(logits);
   const int64_t *token = data<int64_t>(chosen), *tops = data<int64_t>(wanted);
   const bool* moments = data<bool>(entropies);
+  std::vector<float> limits(rows, std::numeric_limits<float>::infinity());
+  for (int64_t r = 0; r < rows; ++r)
+    if (token[r] >= 0) limits[r] = all[r * vocab + token[r]];
   std::vector<Part> parts(rows * chunks);
   Team& team = Team::get();
   team.run([&] {
     team.each(rows * chunks, [&](int64_t i) {
       const int64_t r = i / chunks, begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
-      float* row = all + r * vocab;
-      const float limit = token[r] < 0 ? std::numeric_limits<float>::max() : row[token[r]];
-      search(row, begin, end, limit, std::max<int64_t>(1, tops[r]), parts[i]);
-    });
-    team.each(rows * chunks, [&](int64_t i) {
-      const int64_t r = i / chunks, begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
+      search(all + r * vocab, begin, end, limits[r], std::max<int64_t>(1, tops[r]), parts[i]);
       if (!parts[i].odd) accumulate(all + r * vocab, begin, end, moments[r], parts[i]);
     });
     team.each(rows, [&](int64_t r) {
       const Told told{data<double>(floats) + 5 * r, data<int64_t>(counts) + 2 * r, data<float>(values) + most * r,
                       data<int64_t>(ids) + most * r};
-      conclude(all + r * vocab, token[r], tops[r], &parts[r * chunks], chunks, told);
+      conclude(limits[r], tops[r], &parts[r * chunks], chunks, told);
     });
   });
+}
+
+// The id of the largest logit of each row of [rows, vocab], of equals the lowest: ids [rows].
+inline void largest(const Tensor& logits, const Tensor& ids) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1), chunks = (vocab + kChunk - 1) / kChunk;
+  std::vector<Part> parts(rows * chunks);
+  Team& team = Team::get();
+  team.run([&] {
+    team.each(rows * chunks, [&](int64_t i) {
+      const int64_t begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
+      search(data<float>(logits) + i / chunks * vocab, begin, end, 0.0f, 1, parts[i]);
+    });
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    Candidate best{kMasked, vocab};
+    for (int64_t i = r * chunks; i < (r + 1) * chunks; ++i)
+      if (!parts[i].best.empty()) best = std::min(best, parts[i].best.front());
+    data<int64_t>(ids)[r] = std::min(best.id, vocab - 1);
+  }
 }
 
 // What a token's hash becomes: 31 random bits for 16 tokens, as VocabularyNoise in random.py makes them.

@@ -18,7 +18,7 @@ constexpr int64_t kColumns = 32;   // outputs that one block of packed weights g
 constexpr int64_t kInputs = 64;    // inputs that one float32 sum takes before it is added to the others
 constexpr int kRows = 12;          // rows that one read of a block serves: all registers hold sums
 constexpr int64_t kRowTile = 192;  // rows whose inputs stay in the second cache while blocks pass
-constexpr int64_t kAhead = 1024;   // bytes of weights called for ahead of their use
+constexpr int64_t kAhead = 2048;   // bytes of weights called for ahead of their use
 
 template <class T>
 T* data(const Tensor& tensor) {
@@ -155,6 +155,7 @@ void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>&
       each_group<kRows>(count, [&](auto group, int64_t row) {
         Sums<group.value> sums;
         multiply<group.value>(x + (top + row) * ldx, ldx, by.weights + block * by.in * kColumns, by.in, sums);
+#pragma GCC unroll 16
         for (int r = 0; r < group.value; ++r) with_bias(top + row + r, block, sums.at[r][0], sums.at[r][1]);
       });
   });
