@@ -29,7 +29,7 @@ class Chunk:
 class Model(Protocol):
     """What the engine needs of a model.
 
-    own_threads: whether it computes on threads of its own, which those of torch's operations must not get in the way of.
+    own_threads: whether it has threads of its own, which those of torch must not get in the way of.
     """
 
     description: ModelDescription
