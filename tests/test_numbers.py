@@ -75,6 +75,16 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     yield from _served(name, lean, folder, threads=1, max_sequences=8, max_step_tokens=STEP_TOKENS)
 
 
+@pytest.fixture(scope="module", params=[name for name, lean in BOTH_PATHS if lean])
+def on_device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A tiny model of each architecture on the path that GPUs take, here on the CPU."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny_model(request.param, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_model, "_is_gpu", lambda device: True)
+        yield from _served(request.param, False, folder, threads=1, max_sequences=8, max_step_tokens=STEP_TOKENS)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["general", "lean"])
 def embedded(request: pytest.FixtureRequest, embedded_folder: Path) -> Iterator[Served]:
     """The embedded default model, on each path."""
@@ -188,6 +198,11 @@ def test_there_are_texts_of_every_length() -> None:
 
 def test_tiny_models_score_texts_as_transformers_does(tiny: Served) -> None:
     _check_texts(tiny)
+
+
+def test_tiny_models_score_texts_on_the_path_of_gpus_as_transformers_does(on_device: Served) -> None:
+    _check_texts(on_device)
+    assert on_device.deviation(on_device.scored(given(on_device.long_ids(2000)))) <= TOLERANCE
 
 
 @pytest.mark.parametrize("count", [1, 2, 97, 2000])
