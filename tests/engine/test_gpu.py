@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from devices import CPU, CUDA, FAMILIES, Sequences, check_company, device_model, drawn_ids
+from logprobs_server.engine.adjustment import Adjustment, JobAdjustment
 from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.logprobs import position_logprobs
 from logprobs_server.engine.random import VocabularyNoise
@@ -62,7 +64,9 @@ def test_bfloat16_on_a_gpu_is_nearer_to_the_same_weights_in_float32_than_transfo
 def test_the_host_waits_in_a_decoding_step_for_what_it_fetches_alone() -> None:
     served = device_model(tiny_model("llama").to(torch.bfloat16), CUDA, TILE)
     noise = VocabularyNoise(VOCABULARY_SIZE, CUDA)
-    sampling = [SamplingOptions(temperature=t, top_k=0, top_p=1.0, min_p=0.0, seed=1) for t in (0.0, 1.0, 0.7)]
+    plain = SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+    penalized = Adjustment(JobAdjustment(replace(plain, repetition_penalty=1.2, logit_bias=((5, 1.0),)), [7, 8]))
+    penalized.count(9)
     options = [
         LogprobOptions(top_count=5, token_ids=(1, 2), entropy=True),
         LogprobOptions(top_count=3),
@@ -72,7 +76,11 @@ def test_the_host_waits_in_a_decoding_step_for_what_it_fetches_alone() -> None:
     def step(position: int) -> None:
         chunks = [Chunk(token_ids=[7], start=position, blocks=[1 + 2 * i, 2 + 2 * i]) for i in range(3)]
         logits = served.logits(served.forward(chunks))
-        draws = [Draw(options=o, seed=1, position=position, masked_ids=(3,)) for o in sampling]
+        draws = [
+            Draw(options=replace(plain, temperature=0.0), seed=1, position=position, masked_ids=(3,)),
+            Draw(options=plain, seed=1, position=position),
+            Draw(options=replace(plain, temperature=0.7), seed=2, position=position, adjustment=penalized),
+        ]
         drawn = draw_tokens(logits, draws, noise)
         assert None not in position_logprobs(logits, [token.token_id for token in drawn], options)
 

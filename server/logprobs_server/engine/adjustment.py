@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from logprobs_server.engine.transfer import sent
 from logprobs_server.engine.types import SamplingOptions
 
 __all__ = ["Adjustment", "JobAdjustment", "adjust"]
@@ -94,7 +95,7 @@ def adjust(logits: Tensor, adjustments: Sequence[Adjustment | None]) -> None:
         for layer in layers
         if layer
     ]
-    moved = [(places.to(logits.device), numbers.to(logits.device)) for places, numbers in joined]
+    moved = [(sent(places, logits.device), sent(numbers, logits.device)) for places, numbers in joined]
     adjusted = [(places, _adjusted(flat[places], numbers)) for places, numbers in moved]  # all of the given logits
     for places, values in adjusted:
         flat[places] = values

@@ -23,6 +23,7 @@ from logprobs_server.engine.random import VocabularyNoise
 from logprobs_server.engine.sampling import DrawnToken, draw_tokens
 from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits, Work
 from logprobs_server.engine.sequences import JobState, Row, Sequence
+from logprobs_server.engine.transfer import sent
 from logprobs_server.engine.types import (
     CompletionFinished,
     ContinuationScored,
@@ -45,8 +46,9 @@ __all__ = ["TorchEngine"]
 
 _log = logging.getLogger(__name__)
 
-_SLICE_ELEMENTS = 1 << 22
-"""Logits reduced at a time: 16 MiB in float32, few enough to stay small, enough rows to keep the head a product."""
+_SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 1 << 22, 1 << 25
+"""Logits reduced at a time: 16 MiB in float32, few enough to stay small, enough rows to keep the head a product. A GPU
+has room for more, and its host waits for every slice."""
 
 
 class TorchEngine:
@@ -75,7 +77,8 @@ class TorchEngine:
         self._pool = BlockPool(model.num_blocks)
         self._scheduler = Scheduler(limits, self._pool, frozenset(description.eos_token_ids))
         self._noise = VocabularyNoise(description.vocabulary_size, model.device)
-        self._slice_rows = max(1, _SLICE_ELEMENTS // description.vocabulary_size)
+        elements = _GPU_SLICE_ELEMENTS if model.device.type == "cuda" else _SLICE_ELEMENTS
+        self._slice_rows = max(1, elements // description.vocabulary_size)
         self._states: dict[Ticket, JobState] = {}
         self._arriving: set[Ticket] = set()  # submitted, and not seen by the engine's thread yet
         self._commands: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
@@ -229,7 +232,7 @@ class TorchEngine:
         drawing = [index for index, row in enumerate(rows) if row.draw is not None]
         drawn: dict[int, DrawnToken] = {}
         if drawing:
-            part = logits if len(drawing) == len(rows) else logits[drawing]
+            part = logits if len(drawing) == len(rows) else logits[sent(drawing, logits.device)]
             draws = [draw for row in rows if (draw := row.draw) is not None]
             drawn = dict(zip(drawing, draw_tokens(part, draws, self._noise), strict=True))
         token_ids = [drawn[i].token_id if i in drawn else row.token_id for i, row in enumerate(rows)]

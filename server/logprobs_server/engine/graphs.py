@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from logprobs_server.engine.transfer import sent
+
 __all__ = ["DecodeGraphs"]
 
 
@@ -32,9 +34,9 @@ class DecodeGraphs:
 
     def replay(self, numbers: Sequence[int], shape: tuple[int, int]) -> Tensor:
         """What `run` gives for these numbers."""
-        given = torch.tensor(numbers, pin_memory=True)
+        given = torch.tensor(numbers).pin_memory()
         if shape not in self._captured:
-            self._captured[shape] = self._capture(given.to(self._device, non_blocking=True), shape)
+            self._captured[shape] = self._capture(sent(given, self._device), shape)
         captured = self._captured[shape]
         captured.numbers.copy_(given, non_blocking=True)
         captured.graph.replay()

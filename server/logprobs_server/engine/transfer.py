@@ -11,10 +11,10 @@ from torch import Tensor
 __all__ = ["fetched", "sent"]
 
 
-def sent(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor of these numbers on the device; a GPU gets it from pinned memory, in the order of its other work."""
-    pinned = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
+def sent(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """These numbers on the device, where a GPU gets them in the order of its other work; a tensor keeps its dtype."""
+    here = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
 def fetched(*tensors: Tensor) -> list[list[Any]]:
