@@ -197,10 +197,21 @@ inline __mmask32 seen_keys(int64_t position, int64_t start, int64_t window) {
   return static_cast<__mmask32>(below(position - start + 1) & ~too_old);
 }
 
-// Queries of `count` rows of one chunk against all their keys, for one head of keys.
+// Rows of one chunk that go through the keys together.
+struct Tile {
+  int64_t chunk, row, count;
+};
+
+// The first block whose keys a tile's queries see.
+inline int64_t first_block(const Step& step, const Tile& tile, const Look& look) {
+  return look.window > 0 ? std::max<int64_t>(0, step.positions[tile.row] - look.window + 1) / kBlock : 0;
+}
+
+// Queries of a tile against all their keys, for one head of keys. after: keys that are likely read next.
 template <class T, class K>
-void attend_tile(const float* qkv, const Step& step, int64_t chunk, int64_t row, int64_t count, int64_t head,
-                 const Heads& heads, const Look& look, const Kept<K>& kept, T* out) {
+void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t head, const Heads& heads,
+                 const Look& look, const Kept<K>& kept, const K* after, T* out) {
+  const auto [chunk, row, count] = tile;
   static thread_local Arena arena;
   const int64_t group = heads.group(), size = heads.size, lines = count * group, plane = heads.plane();
   float* queries = arena.floats(lines * (2 * size + kBlock) + 2 * plane);  // of each group of lines [size][lines]
@@ -220,7 +231,6 @@ void attend_tile(const float* qkv, const Step& step, int64_t chunk, int64_t row,
   lines <= kDirect ? gather.template operator()<kDirect>() : gather.template operator()<kRows>();
   std::fill_n(sums, lines * size, 0.0f);
   const int64_t first = step.positions[row], last = first + count - 1;
-  const int64_t start = look.window > 0 ? std::max<int64_t>(0, first - look.window + 1) / kBlock : 0;
   const auto pass = [&]<int kMost, class S>(const S* keys, const S* ahead, int64_t begin) {
     each_group<kMost>(lines, [&](auto many, int64_t l) {
       score_block<many.value>(queries + l * size, keys, size, scores + l * kBlock, ahead);
@@ -235,10 +245,10 @@ void attend_tile(const float* qkv, const Step& step, int64_t chunk, int64_t row,
       mix_block<many.value>(scores + l * kBlock, keys + plane, size, sums + l * size, ahead + plane);
     });
   };
-  for (int64_t b = start; b <= last / kBlock; ++b) {
+  for (int64_t b = first_block(step, tile, look); b <= last / kBlock; ++b) {
     const K* keys = kept.keys(heads, step.block(chunk, b * kBlock), head);
     if (lines <= kDirect) {
-      const K* ahead = kept.keys(heads, step.block(chunk, std::min(b + 1, last / kBlock) * kBlock), head);
+      const K* ahead = b < last / kBlock ? kept.keys(heads, step.block(chunk, (b + 1) * kBlock), head) : after;
       pass.template operator()<kDirect>(keys, ahead, b * kBlock);
     } else {
       for (int64_t i = 0; i < 2 * plane; i += kLanes) store(wide + i, load(keys + i));
@@ -253,11 +263,6 @@ void attend_tile(const float* qkv, const Step& step, int64_t chunk, int64_t row,
     });
   }
 }
-
-// Rows of one chunk that go through the keys together.
-struct Tile {
-  int64_t chunk, row, count;
-};
 
 // A step's rows cut for attention. If no chunk is cut, a tile's own keys are all it adds, so that whoever attends with
 // it can keep them first; else all keys must be kept before any are read.
@@ -298,11 +303,14 @@ void attend(Team& team, float* qkv, const Step& step, const Tiles& cuts, const H
       const Tile& b = cuts.blocks[i / heads.key];
       remember(qkv, step, b.chunk, b.row, b.row + b.count, i % heads.key, heads, look, kept);
     });
-  team.each(cuts.tiles.size() * heads.key, [&](int64_t i) {
+  const int64_t tasks = cuts.tiles.size() * heads.key;
+  team.each(tasks, [&](int64_t i) {
     const Tile& t = cuts.tiles[i / heads.key];
-    const int64_t head = i % heads.key;
+    const int64_t head = i % heads.key, next = std::min(i + team.size(), tasks - 1);
     if (count == 0) remember(qkv, step, t.chunk, t.row, t.row + t.count, head, heads, look, kept);
-    attend_tile(qkv, step, t.chunk, t.row, t.count, head, heads, look, kept, out);
+    const Tile& later = cuts.tiles[next / heads.key];
+    const int64_t block = step.block(later.chunk, first_block(step, later, look) * kBlock);
+    attend_tile(qkv, step, t, head, heads, look, kept, kept.keys(heads, block, next % heads.key), out);
   });
 }
 

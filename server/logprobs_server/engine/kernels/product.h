@@ -18,7 +18,6 @@ constexpr int64_t kColumns = 32;   // outputs that one block of packed weights g
 constexpr int64_t kInputs = 64;    // inputs that one float32 sum takes before it is added to the others
 constexpr int kRows = 12;          // rows that one read of a block serves: all registers hold sums
 constexpr int64_t kRowTile = 192;  // rows whose inputs stay in the second cache while blocks pass
-constexpr int64_t kAhead = 2048;   // bytes of weights called for ahead of their use
 
 template <class T>
 T* data(const Tensor& tensor) {
@@ -62,8 +61,22 @@ struct Sums {
   __m512 at[R][2];
 };
 
+// What a group of rows calls for while it reads a block: its share of the block that comes next, so that memory is
+// read all the time, not only by the first group.
+struct Ahead {
+  const char* from;
+  int64_t groups;
+
+  // The block's lines at `offset` bytes are being read.
+  void call(int64_t offset) const {
+    const char* line = from + offset / groups;
+    _mm_prefetch(line, _MM_HINT_T1);
+    _mm_prefetch(line + 64, _MM_HINT_T1);
+  }
+};
+
 template <int R>
-inline void multiply(const float* x, int64_t ldx, const float* weights, int64_t in, Sums<R>& sums) {
+inline void multiply(const float* x, int64_t ldx, const float* weights, int64_t in, const Ahead& ahead, Sums<R>& sums) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) sums.at[r][0] = sums.at[r][1] = _mm512_setzero_ps();
   for (int64_t from = 0; from < in; from += kInputs) {
@@ -73,8 +86,7 @@ inline void multiply(const float* x, int64_t ldx, const float* weights, int64_t 
     for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_setzero_ps();
     for (int64_t i = from; i < to; ++i) {
       const float* line = weights + i * kColumns;
-      _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead + 64, _MM_HINT_T0);
+      ahead.call(i * kColumns * sizeof(float));
       const __m512 left = _mm512_loadu_ps(line), right = _mm512_loadu_ps(line + 16);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
@@ -101,13 +113,13 @@ inline __m512 add_pairs(__m512 sums, __m512i a, __m512i b) {
 }
 
 template <int R>
-inline void multiply(const BFloat16* x, int64_t ldx, const BFloat16* weights, int64_t in, Sums<R>& sums) {
+inline void multiply(const BFloat16* x, int64_t ldx, const BFloat16* weights, int64_t in, const Ahead& ahead,
+                     Sums<R>& sums) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) sums.at[r][0] = sums.at[r][1] = _mm512_setzero_ps();
   for (int64_t i = 0; i < in; i += 2) {
     const BFloat16* line = weights + i * kColumns;
-    _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead + 64, _MM_HINT_T0);
+    ahead.call(i * kColumns * sizeof(BFloat16));
     const __m512i left = _mm512_loadu_si512(line), right = _mm512_loadu_si512(line + kColumns);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -151,13 +163,20 @@ void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>&
   team.each(tiles * shares, [&](int64_t task) {
     const int64_t top = task / shares * height, count = std::min(height, rows - top);
     const int64_t begin = task % shares * width, end = std::min(blocks, begin + width);
-    for (int64_t block = begin; block < end; ++block)
+    for (int64_t block = begin; block < end; ++block) {
+      // The next of this member, if the others are as fast; behind the last block lie the weights of what comes next.
+      const int64_t next = block + 1 < end ? block + 1 : end + (team.size() - 1) * width;
+      const char* soon = reinterpret_cast<const char*>(by.weights + next * by.in * kColumns);
+      const int64_t groups = (count + kRows - 1) / kRows, share = by.in * kColumns * sizeof(T) / groups;
       each_group<kRows>(count, [&](auto group, int64_t row) {
         Sums<group.value> sums;
-        multiply<group.value>(x + (top + row) * ldx, ldx, by.weights + block * by.in * kColumns, by.in, sums);
+        multiply<group.value>(x + (top + row) * ldx, ldx, by.weights + block * by.in * kColumns, by.in,
+                              Ahead{soon, groups}, sums);
+        soon += share;
 #pragma GCC unroll 16
         for (int r = 0; r < group.value; ++r) with_bias(top + row + r, block, sums.at[r][0], sums.at[r][1]);
       });
+    }
   });
 }
 
