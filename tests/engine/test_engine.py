@@ -327,3 +327,55 @@ def test_a_job_larger_than_the_cache_is_unfit_and_one_that_fills_it_runs() -> No
         job = generate_job((1,), max_tokens=most)
         assert engine.unfit(job) is None
         assert len(Listener(engine, job).token_ids()) == most
+
+
+# what was computed before
+
+LONG = tuple(byte % 250 for byte in range(3 * BLOCK_SIZE + 5))
+
+
+def cached(listener: Listener) -> int:
+    """How many tokens of its prefix a job did not have to compute."""
+    listener.wait()
+    (started,) = [event for event in listener.events if isinstance(event, JobStarted)]
+    return started.cached_token_count
+
+
+@pytest.mark.parametrize("length", [BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE, 3 * BLOCK_SIZE + 5])
+def test_a_prefix_seen_before_is_not_computed_again_but_for_its_last_tokens(length: int) -> None:
+    job = score_job(LONG[:length], PROMPT, next_token=True)
+    with running_engine(FakeModel()) as engine:
+        first, second = Listener(engine, job), Listener(engine, job)
+        assert cached(first) == 0
+        assert cached(second) == (length - 1) // BLOCK_SIZE * BLOCK_SIZE
+        assert second.scored(0) == first.scored(0) == alone(job).scored(0)
+
+
+def test_a_conversation_goes_on_where_it_was_left() -> None:
+    with running_engine(FakeModel()) as engine:
+        first = Listener(engine, generate_job(LONG, max_tokens=60))
+        drawn = [token.position.token_id for token in first.tokens(0)]
+        longer = (*LONG, *(token_id for token_id in drawn if token_id is not None), *PROMPT)
+        job = generate_job(longer, max_tokens=5)
+        second = Listener(engine, job)
+        # the last token drawn was never computed
+        assert cached(second) == (len(LONG) + 59) // BLOCK_SIZE * BLOCK_SIZE
+        assert second.tokens(0) == alone(job).tokens(0)
+
+
+def test_what_has_to_make_room_is_computed_again() -> None:
+    jobs = [score_job([letter] * 2 * BLOCK_SIZE, PROMPT) for letter in range(8)]
+    with running_engine(FakeModel(num_blocks=12)) as engine:
+        for job in [*jobs, *jobs]:
+            assert Listener(engine, job).scored(0) == alone(job).scored(0)
+        assert engine.num_free_blocks == engine.num_blocks
+
+
+def test_a_prompt_that_is_told_is_computed_whole() -> None:
+    job = replace(generate_job(LONG, max_tokens=1), prompt_logprobs=LogprobOptions(top_count=1))
+    with running_engine(FakeModel()) as engine:
+        first, second = Listener(engine, job), Listener(engine, job)
+        assert (cached(first), cached(second)) == (0, 0)
+        told = [[p for e in one.events if isinstance(e, PromptScored) for p in e.positions] for one in (first, second)]
+        assert told[0] == told[1]
+        assert len(told[0]) == len(LONG) - 1

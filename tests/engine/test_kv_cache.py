@@ -19,6 +19,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS)
         self.holders: list[list[int]] = []
+        self.contents: dict[int, str] = {}  # a letter for each block up to the end of this one
 
     @property
     def held(self) -> Counter[int]:
@@ -36,6 +37,8 @@ class BlockPoolMachine(RuleBasedStateMachine):
         assert len(set(blocks)) == count
         assert not set(blocks) & set(before)
         assert all(0 < block < NUM_BLOCKS for block in blocks)
+        for block in blocks:
+            self.contents.pop(block, None)
         self.holders.append(blocks)
 
     @precondition(lambda self: self.holders)
@@ -50,6 +53,27 @@ class BlockPoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         self.pool.release(self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1))))
+
+    @precondition(lambda self: any(self.holders))
+    @rule(data=st.data())
+    def remember(self, data: st.DataObject) -> None:
+        blocks = data.draw(st.sampled_from([blocks for blocks in self.holders if blocks]))
+        unknown = [block for block in blocks if block not in self.contents]
+        chain, text = 0, ""
+        for block in unknown[:2]:
+            letter = data.draw(st.sampled_from("ab"))
+            chain, text = self.pool.remember(block, chain, tuple(letter * BLOCK_SIZE)), text + letter
+            if text not in self.contents.values():
+                self.contents[block] = text
+
+    @rule(text=st.text("ab", min_size=1, max_size=3))
+    def find(self, text: str) -> None:
+        tokens = [letter for letter in text for _ in range(BLOCK_SIZE)]
+        blocks, _ = self.pool.find(tokens, len(text))
+        for length, block in enumerate(blocks, start=1):
+            assert self.contents[block] == text[:length]
+        self.pool.share(blocks)
+        self.holders.append(blocks)
 
     @invariant()
     def free_blocks_are_those_that_nobody_holds(self) -> None:
@@ -72,6 +96,48 @@ def test_a_block_that_is_free_can_be_neither_shared_nor_released() -> None:
         with pytest.raises(AssertionError, match="is free"):
             act(blocks)
     assert pool.num_free == 2
+
+
+def block_of(letter: str) -> tuple[int, ...]:
+    """Tokens that fill a block."""
+    return (ord(letter),) * BLOCK_SIZE
+
+
+def test_what_is_idle_longest_goes_first_and_the_end_of_a_sequence_before_its_start() -> None:
+    pool = BlockPool(5)
+    blocks = pool.allocate(3)
+    chain = 0
+    for block, letter in zip(blocks, "abc", strict=True):
+        chain = pool.remember(block, chain, block_of(letter))
+    pool.release(blocks)
+    tokens = [*block_of("a"), *block_of("b"), *block_of("c")]
+    assert pool.find(tokens, 3)[0] == blocks
+    held = pool.allocate(1)  # never used before
+    assert pool.find(tokens, 3)[0] == blocks
+    held += pool.allocate(1)
+    assert held[1] == blocks[2]
+    assert pool.find(tokens, 3)[0] == blocks[:2]
+    assert pool.num_free == 2
+
+
+def test_the_same_tokens_are_found_only_behind_the_same_tokens() -> None:
+    pool = BlockPool(5)
+    first, second, other = pool.allocate(3)
+    chain = pool.remember(first, 0, block_of("a"))
+    pool.remember(second, chain, block_of("b"))
+    pool.remember(other, 0, block_of("c"))
+    assert pool.find([*block_of("a"), *block_of("b")], 2)[0] == [first, second]
+    assert pool.find([*block_of("c"), *block_of("b")], 2)[0] == [other]
+    assert pool.find([*block_of("b")], 1)[0] == []
+    assert pool.find([*block_of("a"), *block_of("b")], 1)[0] == [first]
+
+
+def test_of_two_blocks_that_hold_the_same_one_is_known() -> None:
+    pool = BlockPool(5)
+    first, second = pool.allocate(2)
+    chain = pool.remember(first, 0, block_of("a"))
+    assert pool.remember(second, 0, block_of("a")) == chain
+    assert pool.find(block_of("a"), 1) == ([first], chain)
 
 
 @pytest.mark.parametrize("num_blocks", [0, 1])

@@ -10,7 +10,7 @@ from fakes import EOS, generate_job
 from hypothesis import given
 from hypothesis import strategies as st
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, BlockPool
-from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits
+from logprobs_server.engine.scheduler import LEAST_PREFILL, Scheduler, SchedulerLimits
 from logprobs_server.engine.sequences import JobState, Sequence
 from logprobs_server.engine.types import (
     CompletionFinished,
@@ -49,6 +49,23 @@ SPARE_TOKENS = st.integers(0, 40)
 SPARE_BLOCKS = st.integers(0, 10)
 
 
+def test_prompts_wait_for_decoding_sequences_where_they_would_hold_them_up() -> None:
+    limits = SchedulerLimits(max_sequences=40, max_step_tokens=512, context_length=1000, prefill_per_decode=2)
+    for decoding, most in ((0, 512), (1, LEAST_PREFILL), (20, 40)):
+        scheduler = Scheduler(limits, BlockPool(200), frozenset({EOS}))
+        if decoding:
+            scheduler.add(JobState(Ticket(generate_job(range(9), max_tokens=5, count=decoding), lambda events: None)))
+            scheduler.admit()
+            for part in scheduler.schedule():
+                scheduler.computed(part)
+            for branch in scheduler.start_branches():
+                branch.sequence.token_ids.append(0)
+                branch.sequence.goal += 1
+        scheduler.add(JobState(Ticket(generate_job(range(900), max_tokens=5), lambda events: None)))
+        scheduler.admit()
+        assert [part.stop - part.start for part in scheduler.schedule()] == [*[1] * decoding, most]
+
+
 class Driver:
     """Does what the engine does with a schedule, without a model: completions end after as many tokens as told.
 
@@ -78,7 +95,7 @@ class Driver:
         for part in work:
             assert part.sequence.num_computed == part.start < part.stop <= part.sequence.goal
             assert part.stop <= len(part.sequence.blocks) * BLOCK_SIZE
-            part.sequence.num_computed = part.stop
+            self.scheduler.computed(part)
         drawing = [s for s in self.alive if s.completion is not None and s.num_pending == 0]
         started = [branch.sequence for branch in self.scheduler.start_branches()]
         assert work or started, "nothing happens although there are jobs"

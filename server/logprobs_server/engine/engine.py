@@ -51,6 +51,10 @@ _SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 1 << 22, 1 << 25
 has room for more, and its host waits for every slice."""
 
 
+_PREFILL_PER_DECODE = 2
+"""On a CPU a prompt's token costs what a decoded one does, so this keeps a step below three times what it takes alone."""
+
+
 class TorchEngine:
     """Runs one model for many jobs at once. Implements `Engine`; start it with `start()`."""
 
@@ -73,6 +77,7 @@ class TorchEngine:
             max_sequences=max_sequences,
             max_step_tokens=max(max_step_tokens, max_sequences),
             context_length=description.context_length,
+            prefill_per_decode=_PREFILL_PER_DECODE if model.device.type == "cpu" else None,
         )
         self._pool = BlockPool(model.num_blocks)
         self._scheduler = Scheduler(limits, self._pool, frozenset(description.eos_token_ids))
@@ -198,7 +203,7 @@ class TorchEngine:
         rows: list[tuple[Row, Tensor]] = []
         offset = 0
         for w in work:
-            w.sequence.num_computed = w.stop
+            self._scheduler.computed(w)
             rows += [(row, hidden[offset + index - w.start]) for index, row in w.sequence.rows_after(w.start, w.stop)]
             offset += w.stop - w.start
             if w.sequence.branch is None and w.stop == w.sequence.goal:

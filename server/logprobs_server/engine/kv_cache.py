@@ -5,12 +5,16 @@ Blocks are numbers here; the keys and values themselves belong to the model. Pag
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 
 __all__ = ["BLOCK_SIZE", "BlockPool", "blocks_for"]
 
 BLOCK_SIZE = 32
-"""Tokens whose keys and values one block holds; kBlock in kernels/cpu.cpp."""
+"""Tokens whose keys and values one block holds; kBlock in kernels/attention.h."""
+
+_Content = tuple[int, tuple[int, ...]]
+"""The number that stands for the tokens before a block, and the block's own."""
 
 
 def blocks_for(num_tokens: int) -> int:
@@ -19,19 +23,30 @@ def blocks_for(num_tokens: int) -> int:
 
 
 class BlockPool:
-    """Hands out blocks and counts their holders. Block 0 is never handed out: padding points at it."""
+    """Hands out blocks, counts their holders, and knows what full ones hold. Block 0 is never handed out: padding
+    points at it.
+
+    A known block that nobody holds counts as free, but can be found again until its room is needed; the one that was
+    held longest ago goes first. What a block holds is told by its tokens and by a number that stands for all before
+    them, so that nothing but the very same tokens is ever found.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 2:
             raise ValueError(f"num_blocks: {num_blocks} is below 2")
         self._free = list(range(num_blocks - 1, 0, -1))
         self._holders = [0] * num_blocks
+        self._idle: dict[int, None] = {}  # known, held by nobody, longest idle first
+        self._known: dict[_Content, int] = {}
+        self._contents: dict[int, _Content] = {}
+        self._chains: dict[int, int] = {}  # the number that stands for all tokens up to the end of a known block
+        self._next_chain = itertools.count(1)
         self.num_blocks = num_blocks - 1
 
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds."""
-        return len(self._free)
+        return len(self._free) + len(self._idle)
 
     def allocate(self, count: int) -> list[int]:
         """`count` free blocks, each held once from now on.
@@ -39,9 +54,9 @@ class BlockPool:
         Raises:
             ValueError: fewer are free; nothing changes.
         """
-        if count > len(self._free):
-            raise ValueError(f"{count} blocks asked for, {len(self._free)} are free")
-        blocks = [self._free.pop() for _ in range(count)]
+        if count > self.num_free:
+            raise ValueError(f"{count} blocks asked for, {self.num_free} are free")
+        blocks = [self._free.pop() if self._free else self._evicted() for _ in range(count)]
         for block in blocks:
             self._holders[block] = 1
         return blocks
@@ -49,13 +64,49 @@ class BlockPool:
     def share(self, blocks: Iterable[int]) -> None:
         """One more holder for each of these blocks."""
         for block in blocks:
-            assert self._holders[block] > 0, f"block {block} is free"
+            assert self._holders[block] > 0 or block in self._idle, f"block {block} is free"
+            self._idle.pop(block, None)
             self._holders[block] += 1
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """One holder fewer for each of these blocks; without holders a block is free."""
-        for block in blocks:
+    def release(self, blocks: Sequence[int]) -> None:
+        """One holder fewer for each of these blocks; without holders a block is free. Of a sequence's blocks the last
+        become idle first: those before them are of use without them, not the other way round."""
+        for block in reversed(blocks):
             assert self._holders[block] > 0, f"block {block} is free"
             self._holders[block] -= 1
             if self._holders[block] == 0:
-                self._free.append(block)
+                if block in self._contents:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
+
+    def remember(self, block: int, chain: int, token_ids: tuple[int, ...]) -> int:
+        """Makes a full block known: it holds these tokens after those that `chain` stands for (0: it is the first).
+
+        Returns:
+            What stands for all tokens up to its end. Of several blocks that hold the same the first stays known.
+        """
+        content = (chain, token_ids)
+        known = self._known.setdefault(content, block)
+        if known == block:
+            self._contents[block] = content
+            self._chains[block] = next(self._next_chain)
+        return self._chains[known]
+
+    def find(self, token_ids: Sequence[int], most: int) -> tuple[list[int], int]:
+        """Known blocks that hold the first of these tokens, at most `most`, and what stands for all they hold."""
+        blocks: list[int] = []
+        chain = 0
+        for start in range(0, most * BLOCK_SIZE, BLOCK_SIZE):
+            block = self._known.get((chain, tuple(token_ids[start : start + BLOCK_SIZE])))
+            if block is None:
+                break
+            blocks.append(block)
+            chain = self._chains[block]
+        return blocks, chain
+
+    def _evicted(self) -> int:
+        """The block that has been idle longest, known no more."""
+        block = next(iter(self._idle))
+        del self._idle[block], self._known[self._contents.pop(block)], self._chains[block]
+        return block

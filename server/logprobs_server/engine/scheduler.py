@@ -14,7 +14,10 @@ from logprobs_server.engine.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
 from logprobs_server.engine.sequences import Completion, JobState, Sequence
 from logprobs_server.engine.types import FinishReason, GenerateJob, JobStarted
 
-__all__ = ["Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
+__all__ = ["LEAST_PREFILL", "Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
+
+LEAST_PREFILL = 16
+"""Prompt tokens computed in a step beside few decoding sequences: they cost a CPU about as long as a step of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +26,14 @@ class SchedulerLimits:
 
     max_sequences: sequences alive at once.
     max_step_tokens: tokens computed in a step; every decoding sequence gets its token, prefill shares the rest.
+    prefill_per_decode: prompt tokens that a step computes at most for each decoding sequence in it, but
+        `LEAST_PREFILL` in any case, so that those sequences are not held up; None: as many as fit the step.
     """
 
     max_sequences: int
     max_step_tokens: int
     context_length: int
+    prefill_per_decode: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +115,8 @@ class Scheduler:
             if self.needs(job) > self._pool.num_free or not self._has_place():
                 return
             self._jobs.append(self._waiting.popleft())
-            job.events.append(JobStarted(cached_token_count=0))
-            if job.prefix:
-                self._start_root(job)
+            cached = self._start_root(job) if job.prefix else 0
+            job.events.append(JobStarted(cached_token_count=cached))
 
     def start_branches(self) -> list[StartedBranch]:
         """Starts as many branches as there is room for, of the jobs whose root is computed."""
@@ -131,6 +136,8 @@ class Scheduler:
         """What the next step computes: one token of every decoding sequence, then prompts in the order they came."""
         work = [_all_of(s) for s in self._sequences if s.completion is not None and s.num_pending == 1]
         room = self._limits.max_step_tokens - len(work)
+        if work and self._limits.prefill_per_decode is not None:
+            room = min(room, max(LEAST_PREFILL, self._limits.prefill_per_decode * len(work)))
         for sequence in self._sequences:
             pending = sequence.num_pending
             if pending and not (sequence.completion is not None and pending == 1) and room > 0:
@@ -138,6 +145,15 @@ class Scheduler:
                 work.append(Work(sequence=sequence, start=sequence.num_computed, stop=sequence.num_computed + count))
                 room -= count
         return work
+
+    def computed(self, work: Work) -> None:
+        """Notes that a part of a schedule is computed, and makes the blocks known that are full now."""
+        sequence = work.sequence
+        sequence.num_computed = work.stop
+        for index in range(sequence.num_known, work.stop // BLOCK_SIZE):
+            token_ids = tuple(sequence.token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+            sequence.chain = self._pool.remember(sequence.blocks[index], sequence.chain, token_ids)
+            sequence.num_known = index + 1
 
     def retire(self, sequence: Sequence) -> None:
         """Ends a sequence and gives its blocks back."""
@@ -161,15 +177,24 @@ class Scheduler:
     def _fits(self, job: JobState) -> bool:
         return self._own_blocks(job) <= self._pool.num_free
 
-    def _start_root(self, job: JobState) -> None:
+    def _start_root(self, job: JobState) -> int:
+        """Starts a job's root; returns how many of its tokens are computed already.
+
+        The last token is always computed, because branches start from its hidden state; all are if all are reported.
+        """
+        options = job.job.prompt_logprobs if isinstance(job.job, GenerateJob) else None
         prefix = list(job.prefix)
-        blocks = self._pool.allocate(blocks_for(len(prefix)))
-        root = Sequence(job, None, prefix, blocks, computed=0, goal=len(prefix))
-        if isinstance(job.job, GenerateJob) and job.job.prompt_logprobs is not None:
+        found, chain = self._pool.find(prefix, (len(prefix) - 1) // BLOCK_SIZE if options is None else 0)
+        self._pool.share(found)
+        blocks = found + self._pool.allocate(blocks_for(len(prefix)) - len(found))
+        root = Sequence(job, None, prefix, blocks, computed=len(found) * BLOCK_SIZE, goal=len(prefix))
+        root.num_known, root.chain = len(found), chain
+        if options is not None:
             root.targets_from = 0
-            root.options = job.job.prompt_logprobs
+            root.options = options
         job.root = root
         self._sequences.append(root)
+        return root.num_computed
 
     def _start_branch(self, job: JobState) -> StartedBranch:
         shared = job.root.blocks[: len(job.prefix) // BLOCK_SIZE] if job.root else []
@@ -187,6 +212,8 @@ class Scheduler:
         # Nothing follows the last token of a continuation, so it is computed only if what would follow is asked for.
         goal = len(token_ids) if continuation is None or job.next_options else max(prefix, len(token_ids) - 1)
         branch = Sequence(job, index, token_ids, blocks, computed=prefix, goal=goal)
+        if job.root is not None:
+            branch.num_known, branch.chain = job.root.num_known, job.root.chain
         if continuation is not None:
             branch.targets_from = prefix + continuation.scored_from
         else:

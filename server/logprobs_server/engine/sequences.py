@@ -52,6 +52,7 @@ class Sequence:
 
     targets_from: index of the first token to report; None reports none.
     goal: how many tokens are to be computed; a completion's goal grows with it.
+    num_known, chain: how many of its blocks the pool knows, and what stands there for all they hold.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class Sequence:
         self.blocks = blocks
         self.num_computed = computed
         self.goal = goal
+        self.num_known = 0
+        self.chain = 0
         self.targets_from: int | None = None
         self.options = job.options
         self.completion: Completion | None = None
