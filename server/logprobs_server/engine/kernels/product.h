@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
 #include <sys/mman.h>
 
@@ -17,6 +18,7 @@ using at::Tensor;
 constexpr int64_t kColumns = 32;   // outputs that one block of packed weights gives
 constexpr int64_t kInputs = 64;    // inputs that one float32 sum takes before it is added to the others
 constexpr int kRows = 12;          // rows that one read of a block serves: all registers hold sums
+constexpr int64_t kTileRows = 64;  // rows that go through AMX tiles together
 constexpr int64_t kRowTile = 192;  // rows whose inputs stay in the second cache while blocks pass
 
 template <class T>
@@ -132,6 +134,23 @@ inline void multiply(const BFloat16* x, int64_t ldx, const BFloat16* weights, in
   }
 }
 
+// Whether bfloat16 products run on AMX tiles, which torch's own kernels fill; all rows then do, whatever their number.
+inline bool on_tiles() {
+  static const bool supported = at::cpu::init_amx();
+  return supported;
+}
+
+// emit(row, left, right) for rows of x with one block of weights, through torch's kernel for a small product.
+template <class F>
+void multiply_on_tiles(const BFloat16* x, int64_t rows, int64_t ldx, const BFloat16* weights, int64_t in, F emit) {
+  alignas(64) float sums[kTileRows * kColumns];
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const int64_t count = std::min(kTileRows, rows - row);
+    at::native::cpublas::brgemm(count, kColumns, in, ldx, kColumns, kColumns, false, x + row * ldx, weights, sums, true);
+    for (int64_t r = 0; r < count; ++r) emit(row + r, load(sums + r * kColumns), load(sums + r * kColumns + kLanes));
+  }
+}
+
 // f(integral_constant R, first row) for rows in groups of nearly equal size, at most kMost each.
 template <int kMost, class F>
 inline void each_group(int64_t rows, F f) {
@@ -164,6 +183,13 @@ void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>&
     const int64_t top = task / shares * height, count = std::min(height, rows - top);
     const int64_t begin = task % shares * width, end = std::min(blocks, begin + width);
     for (int64_t block = begin; block < end; ++block) {
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        if (on_tiles()) {
+          multiply_on_tiles(x + top * ldx, count, ldx, by.weights + block * by.in * kColumns, by.in,
+                            [&](int64_t row, __m512 left, __m512 right) { with_bias(top + row, block, left, right); });
+          continue;
+        }
+      }
       // The next of this member, if the others are as fast; behind the last block lie the weights of what comes next.
       const int64_t next = block + 1 < end ? block + 1 : end + (team.size() - 1) * width;
       const char* soon = reinterpret_cast<const char*>(by.weights + next * by.in * kColumns);
@@ -176,6 +202,9 @@ void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>&
 #pragma GCC unroll 16
         for (int r = 0; r < group.value; ++r) with_bias(top + row + r, block, sums.at[r][0], sums.at[r][1]);
       });
+    }
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (on_tiles()) at::native::cpublas::brgemm_release(true);
     }
   });
 }
