@@ -7,6 +7,7 @@ the kernels; a row's bits depend on that row and what precedes it in its sequenc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -36,7 +37,7 @@ class LeanModel:
     def __init__(
         self, architecture: Architecture, description: ModelDescription, *, dtype: torch.dtype, num_blocks: int
     ) -> None:
-        self.description = description
+        self.description = replace(description, batch_invariant=True)
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
         self.own_threads = True
