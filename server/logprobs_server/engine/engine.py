@@ -52,7 +52,7 @@ has room for more, and its host waits for every slice."""
 
 
 _PREFILL_PER_DECODE = 2
-"""On a CPU a prompt's token costs what a decoded one does, so this keeps a step below three times what it takes alone."""
+"""A prompt's token costs a CPU what a decoded one does: this keeps a step below three times what it takes without."""
 
 
 class TorchEngine:
