@@ -82,3 +82,12 @@ def test_kernels_draw_what_torch_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = on_both(monkeypatch, lambda: draw_tokens(logits, draws, noise))
     assert [(d.token_id, d.set_size) for d in ours] == [(d.token_id, d.set_size) for d in theirs]
     assert [d.sampling_logprob for d in ours] == pytest.approx([d.sampling_logprob for d in theirs], abs=1e-5)
+
+
+def test_a_temperature_given_as_an_integer_is_that_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(2))
+    noise = VocabularyNoise(300, torch.device("cpu"))
+    options = SamplingOptions(temperature=2, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+    draws = [Draw(options=options, seed=i, position=0) for i in range(2)]
+    ours, theirs = on_both(monkeypatch, lambda: draw_tokens(logits, draws, noise))
+    assert [(d.token_id, d.set_size) for d in ours] == [(d.token_id, 300) for d in theirs]

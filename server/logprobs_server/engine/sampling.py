@@ -133,7 +133,7 @@ def _raced_by_kernel(logits: Tensor, draws: Sequence[Draw]) -> list[DrawnToken]:
     rows = len(draws)
     winners, sizes = torch.empty(2, rows, dtype=torch.int64)
     logprobs = torch.empty(rows, dtype=torch.float64)
-    temperatures = torch.tensor([draw.options.temperature for draw in draws])
+    temperatures = torch.tensor([draw.options.temperature for draw in draws], dtype=torch.float32)
     keys = torch.tensor(_keys(draws), dtype=torch.int32)
     torch.ops.logprobs.race(logits.contiguous(), temperatures, keys, winners, logprobs, sizes)
     return _drawn(winners, logprobs, sizes)
