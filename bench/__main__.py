@@ -41,25 +41,25 @@ Results = dict[str, dict[str, list[dict[str, float]]]]
 
 def main() -> None:
     """Runs what the command line asks for."""
-    options = _options()
-    questions = [q for q in QUESTIONS if any(fnmatch(q.key, pattern) for pattern in options.only)]
+    options, questions = _options()
     folder = resolve_model(None, parse([], dict(os.environ)).cache_dir, console_progress(sys.stderr)).folder
     assert folder is not None
     setting = Setting(
         folder=folder, dtype=options.dtype, threads=len(os.sched_getaffinity(0)), peers_dir=options.peers_dir
     )
     setting.peers_dir.mkdir(parents=True, exist_ok=True)
-    machine_json = _output([sys.executable, "-m", "bench.machine", str(folder), options.dtype])
+    machine = _machine(setting)
     with _commands(setting, RIVALS if "all" in options.rivals else options.rivals, questions) as commands:
         with started(commands[OURS], _ENVIRONMENT):
             pass  # builds the kernels if need be, so that no start that counts does
         results: Results = defaultdict(lambda: defaultdict(list))
         for run in range(options.runs):
             _run(run, questions, commands, Tokenizer.from_file(str(folder / "tokenizer.json")), results)
-    report(results, Machine(**json.loads(machine_json)), options.picture)
+    report(results, machine.best(_machine(setting)), options.picture)
 
 
-def _options() -> argparse.Namespace:
+def _options() -> tuple[argparse.Namespace, list[Question]]:
+    """The command line, and the questions that it names."""
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -70,7 +70,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rivals", nargs="*", choices=("all", *RIVALS), default=["transformers"])
     parser.add_argument("--peers-dir", type=Path, default=Path(".venv-peers"), help="where rivals are installed")
     parser.add_argument("--picture", type=Path, help="an .svg or .png file to draw")
-    return parser.parse_args()
+    options = parser.parse_args()
+    questions = [q for q in QUESTIONS if any(fnmatch(q.key, pattern) for pattern in options.only)]
+    if not questions:
+        parser.error(f"--only: {' '.join(options.only)} is none of {keys}")
+    if options.runs < 1:
+        parser.error(f"--runs: {options.runs} is below 1")
+    return options, questions
 
 
 @contextmanager
@@ -126,6 +132,12 @@ def _asked(worker: Worker, question: Question, tokenizer: Tokenizer, run: int) -
         foreign = max(0.0, worker.foreign_s() - foreign_s) / found["seconds"]
         peak_mib = worker.peak_mib()
     return {**found, "mib": peak_mib, "grown_mib": peak_mib - before_mib, "foreign_cores": foreign}
+
+
+def _machine(setting: Setting) -> Machine:
+    """The machine's ceilings, measured now."""
+    line = [sys.executable, "-m", "bench.machine", str(setting.folder), setting.dtype]
+    return Machine(**json.loads(_output(line)))
 
 
 def _output(line: list[str]) -> str:

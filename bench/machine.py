@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,15 @@ class Machine:
     head_s: float
     weight_bytes: int
     kv_bytes: int
+
+    def best(self, other: Machine) -> Machine:
+        """The better of two measurements of one machine: a ceiling is never too high, and too low if it is busy."""
+        return replace(
+            self,
+            read_bytes_per_s=max(self.read_bytes_per_s, other.read_bytes_per_s),
+            layers_s=min(self.layers_s, other.layers_s),
+            head_s=min(self.head_s, other.head_s),
+        )
 
     def step_s(self, streams: int, context: float) -> float:
         """Seconds of a step: weights, keys and values read once, or the products, whatever takes longer."""

@@ -5,6 +5,7 @@ Each has an environment of its own, installed when first wanted; all take their 
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -111,6 +112,7 @@ RIVALS = {
         program="transformers_eager",
         arguments=lambda setting: [str(setting.folder), setting.dtype],
         kinds=frozenset({"generate", "score", "choose"}),
+        requirements=(f"transformers=={importlib.metadata.version('transformers')}",),
         less="static batches in its own process, no streaming",
     ),
     "llama.cpp": Rival(

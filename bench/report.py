@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bench.figures import FIGURES, OURS, START, Results, Standing, standing
 from bench.machine import Machine
+from bench.peers import RIVALS
 from bench.workload import QUESTIONS
 
 __all__ = ["report"]
@@ -36,7 +37,8 @@ def report(results: Results, machine: Machine, picture: Path | None) -> None:
     console = Console(width=_WIDTH)
     console.print(_measured_table(results), _figures_table(found))
     figures = {stands.figure.name: _as_json(stands) for stands in found}
-    print(json.dumps({"machine": asdict(machine), "figures": figures, "results": results}))
+    rivals = {name: RIVALS[name].requirements for name in results if name in RIVALS}
+    print(json.dumps({"machine": asdict(machine), "rivals": rivals, "figures": figures, "results": results}))
     if picture:
         from bench.picture import draw  # matplotlib is there for this alone
 
@@ -45,6 +47,8 @@ def report(results: Results, machine: Machine, picture: Path | None) -> None:
 
 def _measured_table(results: Results) -> Table:
     table = Table("question", "", *_COLUMNS.values(), box=None, title="Medians")
+    lacks = [f"{name}: {RIVALS[name].less}" for name in results if name in RIVALS and RIVALS[name].less]
+    table.caption = " · ".join(lacks)
     for key, question in [(START, "ready, then idle"), *((q.key, q.name) for q in QUESTIONS)]:
         for name, measured in results.items():
             if runs := measured.get(key):

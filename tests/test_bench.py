@@ -1,7 +1,8 @@
-"""What the benchmark counts: prompts of exact lengths, never twice; percentiles; which gaps mean what; the goals."""
+"""What the benchmark counts: prompts of exact lengths, never twice; every token; which gaps mean what; the goals."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -9,9 +10,10 @@ from dataclasses import asdict, replace
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bench.exchange import Answer, Stream, Task
+from bench.exchange import LATE_AFTER, LATE_NEW_TOKENS, Answer, Stream, Task
 from bench.figures import FIGURES, OURS, START, Figure, Results, Standing, ideal_s, standing
 from bench.machine import Machine
+from bench.subjects.subject import Note, Streaming
 from bench.summary import measures, percentile
 from bench.workload import QUESTIONS, Question, make_task, warm_up
 
@@ -117,6 +119,60 @@ def test_answers_survive_their_line() -> None:
     stream = Stream(start=0.5, times=[1.0], counts=[2])
     for answer in (Answer(seconds=1.0, streams=[stream], late=stream), Answer(seconds=1.0, streams=[])):
         assert Answer.from_json(json.loads(json.dumps(asdict(answer)))) == answer
+
+
+class Counting(Streaming):
+    """Tells a prompt's number with every token, one a turn of the loop; scores all tokens that something precedes."""
+
+    def __init__(self, lost: int = 0) -> None:
+        self.lost = lost
+        self.told: list[int] = []
+
+    async def generate(self, prompt: Sequence[int], task: Task, note: Note) -> None:
+        for _ in range(task.new_tokens - self.lost):
+            await asyncio.sleep(0)
+            self.told.append(prompt[0])
+            note(prompt)
+
+    def count(self, message: Sequence[int], top: int) -> int:
+        return 1
+
+    async def score(self, prompt: Sequence[int], task: Task) -> int:
+        return len(prompt) - 1 - self.lost
+
+
+def task_of(*prompts: list[list[int]], new_tokens: int, late: list[int] | None = None) -> Task:
+    """A task of these clients."""
+    return Task(prompts=list(prompts), new_tokens=new_tokens, completions=1, choices=[], top=0, late=late or [])
+
+
+async def test_a_client_asks_one_after_the_other_and_clients_ask_at_once() -> None:
+    subject = Counting()
+    answer = await subject.answer(task_of([[1], [2]], [[3], [4]], new_tokens=3))
+    assert subject.told == [1, 3] * 3 + [2, 4] * 3
+    assert [sum(stream.counts) for stream in answer.streams] == [3] * 4
+    assert answer.late is None
+
+
+async def test_the_late_prompt_comes_in_when_all_others_are_under_way() -> None:
+    subject = Counting()
+    answer = await subject.answer(task_of([[1]], [[2]], new_tokens=2 * LATE_AFTER, late=[3]))
+    before = subject.told[: subject.told.index(3)]
+    assert min(before.count(1), before.count(2)) >= LATE_AFTER
+    assert answer.late is not None
+    assert sum(answer.late.counts) == LATE_NEW_TOKENS
+    assert subject.told.count(1) == 2 * LATE_AFTER
+
+
+@pytest.mark.parametrize("new_tokens", [5, 0])
+async def test_who_tells_too_few_tokens_is_not_measured(new_tokens: int) -> None:
+    with pytest.raises((AssertionError, ExceptionGroup), check=lambda error: "not" in repr(error)):
+        await Counting(lost=1).answer(task_of([[1, 2, 3]], new_tokens=new_tokens))
+
+
+def test_the_best_of_two_measurements_is_the_ceiling() -> None:
+    slower = replace(MACHINE, read_bytes_per_s=5e8, head_s=5e-5)
+    assert MACHINE.best(slower) == slower.best(MACHINE) == replace(MACHINE, head_s=5e-5)
 
 
 def test_ideal_time_reads_the_weights_once_a_step() -> None:
