@@ -16,8 +16,8 @@ from logprobs_server.engine.types import FinishReason, GenerateJob, JobStarted
 
 __all__ = ["LEAST_PREFILL", "Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
 
-LEAST_PREFILL = 16
-"""Prompt tokens computed in a step beside few decoding sequences: they cost a CPU about as long as a step of one."""
+LEAST_PREFILL = 40
+"""Prompt tokens computed in a step beside few decoding sequences: fewer would not pay for reading the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

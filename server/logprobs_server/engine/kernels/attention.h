@@ -104,7 +104,8 @@ void remember(float* qkv, const Step& step, int64_t chunk, int64_t begin, int64_
   }
 }
 
-inline void call_for(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+// Into the second cache: the first has room for few lines on their way (16 streams of 1,000 tokens: 21.0 ms, were 27.3).
+inline void call_for(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
 
 // scores[L][kBlock] = queries[size][L] · keys[size][kBlock], each sum from the first dimension to the last.
 // ahead: what will be read next, as many bytes as `keys`.
@@ -131,32 +132,42 @@ void score_block(const float* queries, const S* keys, int64_t size, float* score
   }
 }
 
-// sums[L][size] += weights[L][kBlock] · values[kBlock][size], a block's sum from its first key to its last.
-template <int L, class S>
-void mix_block(const float* weights, const S* values, int64_t size, float* sums, const S* ahead) {
-  for (int64_t i = 0; i < size; i += 2 * kLanes) {
-    const __mmask16 first = first_lanes(size - i), second = first_lanes(size - i - kLanes);
-    __m512 mixed[L][2];
+// sums[L][size] += weights[L][kBlock] · values[kBlock][size] for 32 dimensions from `i` on, those in the masks, a
+// block's sum from its first key to its last.
+template <int L, class S, class M>
+void mix_columns(const float* weights, const S* values, int64_t size, int64_t i, float* sums, const S* ahead, M first,
+                 M second) {
+  __m512 mixed[L][2];
 #pragma GCC unroll 16
-    for (int l = 0; l < L; ++l) mixed[l][0] = mixed[l][1] = _mm512_setzero_ps();
-    for (int64_t j = 0; j < kBlock; ++j) {
-      const S* line = values + j * size + i;
-      const __m512 left = load(line, first), right = load(line + kLanes, second);
-      if constexpr (L <= kDirect)
-        for (size_t at = 0; at < 2 * kLanes; at += 64 / sizeof(S)) call_for(ahead + j * size + i + at);
-#pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) {
-        const __m512 weight = _mm512_set1_ps(weights[l * kBlock + j]);
-        mixed[l][0] = _mm512_fmadd_ps(weight, left, mixed[l][0]);
-        mixed[l][1] = _mm512_fmadd_ps(weight, right, mixed[l][1]);
-      }
-    }
+  for (int l = 0; l < L; ++l) mixed[l][0] = mixed[l][1] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < kBlock; ++j) {
+    const S* line = values + j * size + i;
+    const __m512 left = load(line, first), right = load(line + kLanes, second);
+    if constexpr (L <= kDirect)
+      for (size_t at = 0; at < 2 * kLanes; at += 64 / sizeof(S)) call_for(ahead + j * size + i + at);
 #pragma GCC unroll 16
     for (int l = 0; l < L; ++l) {
-      float* to = sums + l * size + i;
-      store(to, _mm512_add_ps(load(to, first), mixed[l][0]), first);
-      store(to + kLanes, _mm512_add_ps(load(to + kLanes, second), mixed[l][1]), second);
+      const __m512 weight = _mm512_set1_ps(weights[l * kBlock + j]);
+      mixed[l][0] = _mm512_fmadd_ps(weight, left, mixed[l][0]);
+      mixed[l][1] = _mm512_fmadd_ps(weight, right, mixed[l][1]);
     }
+  }
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) {
+    float* to = sums + l * size + i;
+    store(to, _mm512_add_ps(load(to, first), mixed[l][0]), first);
+    store(to + kLanes, _mm512_add_ps(load(to + kLanes, second), mixed[l][1]), second);
+  }
+}
+
+// sums[L][size] += weights[L][kBlock] · values[kBlock][size].
+template <int L, class S>
+void mix_block(const float* weights, const S* values, int64_t size, float* sums, const S* ahead) {
+  const int64_t even = size / (2 * kLanes) * (2 * kLanes);
+  for (int64_t i = 0; i < even; i += 2 * kLanes) mix_columns<L>(weights, values, size, i, sums, ahead, All{}, All{});
+  if (even < size) {
+    const __mmask16 first = first_lanes(size - even), second = first_lanes(size - even - kLanes);
+    mix_columns<L>(weights, values, size, even, sums, ahead, first, second);
   }
 }
 
