@@ -14,6 +14,7 @@
 
 namespace logprobs {
 
+constexpr int kYields = 500;  // times that an idle thread then lets others go first before it sleeps
 constexpr int kSpins = 2000;  // pauses before a waiting thread lets others have its processor: some 20 microseconds
 
 template <class Done>
@@ -82,7 +83,8 @@ class Team {
 
   void serve(int64_t index, uint32_t seen) {
     for (;;) {
-      for (int spins = 0; spins < kSpins && turn_.load(std::memory_order_acquire) == seen; ++spins) _mm_pause();
+      for (int spins = 0; spins < kSpins + kYields && turn_.load(std::memory_order_acquire) == seen; ++spins)
+        spins < kSpins ? _mm_pause() : std::this_thread::yield();
       turn_.wait(seen, std::memory_order_acquire);
       seen = turn_.load(std::memory_order_acquire);
       if (index >= seen % kSizes) continue;
