@@ -155,6 +155,19 @@ def test_what_is_told_does_not_depend_on_company_or_pieces(loaded: tuple[LeanMod
         assert told == _alone(model, token_ids)
 
 
+def test_what_is_told_does_not_depend_on_the_number_of_threads(loaded: tuple[LeanModel, int]) -> None:
+    model, _ = loaded
+    token_ids = _sequences(model, 8)[1]
+    told = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.ops.logprobs.set_threads(threads)
+            told.append(_alone(model, token_ids))
+    finally:
+        torch.ops.logprobs.set_threads(torch.get_num_threads())
+    assert told[1:] == told[:1] * 3
+
+
 @torch.inference_mode()
 def test_what_is_told_does_not_depend_on_keys_and_values_computed_before(loaded: tuple[LeanModel, int]) -> None:
     model, _ = loaded

@@ -255,6 +255,7 @@ def _lean_model(model: Any, description: ModelDescription, options: LoadOptions)
     architecture = architecture_of(model, description.context_length)
     if architecture is None or not kernels.load(options.kernels_dir):
         return None
+    torch.ops.logprobs.set_threads(torch.get_num_threads())
     num_blocks = _blocks_of(architecture, model, description, options)
     return LeanModel(architecture, description, dtype=model.dtype, num_blocks=num_blocks)
 
