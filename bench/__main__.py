@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ Results = dict[str, dict[str, list[dict[str, float]]]]
 
 def main() -> None:
     """Runs what the command line asks for."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nobody who is stopped must stay behind
     options, questions = _options()
     folder = resolve_model(None, parse([], dict(os.environ)).cache_dir, console_progress(sys.stderr)).folder
     assert folder is not None
@@ -125,7 +127,8 @@ def _asked(worker: Worker, question: Question, tokenizer: Tokenizer, run: int) -
     """What a question's answer shows, how much memory it took, and how many cores were busy with something else."""
     with worker.awake():
         if question.warm:
-            worker.ask(make_task(warm_up(question), tokenizer, ("warm-up", run)))
+            seed = run if question.warm == "same" else ("warm-up", run)
+            worker.ask(make_task(warm_up(question), tokenizer, seed))
         task, before_mib = make_task(question, tokenizer, run), worker.reset_peak()
         foreign_s = worker.foreign_s()
         found = measures(worker.ask(task), question.tokens, question.completions)

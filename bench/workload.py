@@ -35,7 +35,8 @@ class Question:
     choices: continuations scored after the prompt, of as many tokens each.
     late_tokens: length of a prompt that comes in while the clients' completions decode.
     of: the one of our own programs that is asked; everyone who can is if None.
-    warm: whether a short task of the same shape goes before.
+    warm: what short task of the same shape goes before: one with other prompts, one with the same, which are then in
+        the prefix cache, or none.
     """
 
     key: str
@@ -49,7 +50,7 @@ class Question:
     top: int = TOP
     late_tokens: int = 0
     of: Literal["ours", "engine", "wide"] | None = None
-    warm: bool = True
+    warm: Literal["others", "same"] | None = "others"
 
     @property
     def kind(self) -> Kind:
@@ -74,15 +75,15 @@ def _streams(key: str, name: str, clients: int, requests: int, **others: object)
 
 
 def _growth(prompt_tokens: int) -> Question:
-    """A question about steps of 16 streams that long; long enough for all to run at once for a while."""
+    """A question about steps of 16 streams that long; the prompts are known, so that all streams start at once."""
     return Question(
         key=f"context{prompt_tokens}",
         name=f"16 streams, {prompt_tokens:,} tokens of context",
         clients=16,
         prompt_tokens=prompt_tokens,
-        new_tokens=256,
+        new_tokens=96,
         of="ours",
-        warm=False,
+        warm="same",
     )
 
 
@@ -98,7 +99,7 @@ QUESTIONS = (
     _streams("engine", "32 streams, the engine alone", 32, 1, of="engine"),
     _growth(128),
     _growth(2048),
-    Question(key="wide", name="score 1 x 2,000 tokens of 250,880", prompt_tokens=2000, of="wide", warm=False),
+    Question(key="wide", name="score 1 x 2,000 tokens of 250,880", prompt_tokens=2000, of="wide", warm=None),
 )
 
 
