@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-__all__ = ["LATE_AFTER", "LATE_NEW_TOKENS", "Answer", "Stream", "Task"]
+__all__ = ["LATE_AFTER", "LATE_NEW_TOKENS", "Answer", "Stream", "Task", "Told"]
 
 LATE_AFTER = 64
 """Messages that every stream has seen when the late prompt comes in."""
 LATE_NEW_TOKENS = 8
 """Tokens generated after the late prompt."""
+
+Told: TypeAlias = list[tuple[int, float]]
+"""Ids of tokens and their log probabilities, in the order they were told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +22,7 @@ class Task:
 
     prompts: token ids, of every client those that it asks one after the other.
     new_tokens: generated per completion; 0 scores the prompts, or the choices that follow them.
-    completions: drawn per prompt: greedily if it is one, else at temperature 0.8.
+    completions: drawn per prompt. temperature: 0 takes the best token.
     top: alternatives per token.
     late: a prompt that comes in while the others decode; none if empty.
     """
@@ -27,6 +30,7 @@ class Task:
     prompts: list[list[list[int]]]
     new_tokens: int
     completions: int
+    temperature: float
     choices: list[list[int]]
     top: int
     late: list[int]
@@ -43,10 +47,14 @@ class Stream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """How a task went: seconds from the first request to the last token, and the streams of what was generated."""
+    """How a task went: seconds from the first request to the last token, and the streams of what was generated.
+
+    told: what was generated or scored, of every request, clients and their requests in order.
+    """
 
     seconds: float
     streams: list[Stream]
+    told: list[Told]
     late: Stream | None = None
 
     @classmethod
@@ -56,5 +64,6 @@ class Answer:
         return cls(
             seconds=value["seconds"],
             streams=[Stream(**stream) for stream in value["streams"]],
+            told=[[(token_id, logprob) for token_id, logprob in told] for told in value["told"]],
             late=late and Stream(**late),
         )

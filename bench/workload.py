@@ -14,6 +14,8 @@ __all__ = ["QUESTIONS", "TOP", "Kind", "Question", "make_task", "prompt", "warm_
 
 TOP = 5
 _WARM_UP_TOKENS = 4
+_TEMPERATURE = 0.8
+"""At which several completions are drawn."""
 _WORDS = """
 a about across after again air all along always an and another answer around ask back because been
 before below best between book both bring built by came car change city clear close cold come could
@@ -124,6 +126,7 @@ def make_task(question: Question, tokenizer: Tokenizer, seed: object) -> Task:
         ],
         new_tokens=question.new_tokens,
         completions=question.completions,
+        temperature=_TEMPERATURE if question.completions > 1 else 0.0,
         choices=[fresh(question.choices, "choice", index) for index in range(question.choices)],
         top=question.top,
         late=fresh(question.late_tokens, "late"),

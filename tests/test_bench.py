@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bench.exchange import LATE_AFTER, LATE_NEW_TOKENS, Answer, Stream, Task
+from bench.exchange import LATE_AFTER, LATE_NEW_TOKENS, Answer, Stream, Task, Told
 from bench.figures import FIGURES, OURS, START, Figure, Results, Standing, ideal_s, standing
 from bench.machine import Machine
 from bench.subjects.subject import Note, Streaming
@@ -94,7 +94,7 @@ def test_gaps_are_told_apart_by_what_goes_on() -> None:
     early = Stream(start=0.0, times=[1.0, 2.0, 3.0, 6.0, 7.0], counts=[1] * 5)
     later = Stream(start=0.5, times=[1.5, 2.5, 3.5, 7.5, 9.5], counts=[1] * 5)
     late = Stream(start=4.0, times=[6.5, 6.6], counts=[1, 1])
-    found = measures(Answer(seconds=10.0, streams=[early, later], late=late), tokens=10, completions=1)
+    found = measures(Answer(seconds=10.0, streams=[early, later], told=[], late=late), tokens=10, completions=1)
     assert found["tokens_s"] == 1.0
     assert found["ttft_p50_ms"] == 1000.0
     assert found["decode_tokens_s"] == pytest.approx((4 / 6 + 4 / 8) / 2)
@@ -107,17 +107,20 @@ def test_gaps_are_told_apart_by_what_goes_on() -> None:
 def test_steady_gaps_end_with_the_first_stream() -> None:
     short = Stream(start=0.0, times=[1.0, 2.0, 3.0], counts=[1] * 3)
     long = Stream(start=0.0, times=[1.0, 2.0, 3.0, 9.0], counts=[1] * 4)
-    assert measures(Answer(seconds=9.0, streams=[short, long]), 7, 1)["steady_p99_ms"] == 1000.0
+    assert measures(Answer(seconds=9.0, streams=[short, long], told=[]), 7, 1)["steady_p99_ms"] == 1000.0
 
 
 def test_streams_of_several_completions_tell_no_gaps() -> None:
     stream = Stream(start=0.0, times=[1.0, 2.0], counts=[3, 3])
-    assert set(measures(Answer(seconds=2.0, streams=[stream]), 6, 3)) == {"seconds", "tokens_s", "ttft_p50_ms"}
+    assert set(measures(Answer(seconds=2.0, streams=[stream], told=[]), 6, 3)) == {"seconds", "tokens_s", "ttft_p50_ms"}
 
 
 def test_answers_survive_their_line() -> None:
     stream = Stream(start=0.5, times=[1.0], counts=[2])
-    for answer in (Answer(seconds=1.0, streams=[stream], late=stream), Answer(seconds=1.0, streams=[])):
+    for answer in (
+        Answer(seconds=1.0, streams=[stream], told=[[(5, -0.5), (6, -1.5)]], late=stream),
+        Answer(seconds=1.0, streams=[], told=[]),
+    ):
         assert Answer.from_json(json.loads(json.dumps(asdict(answer)))) == answer
 
 
@@ -134,16 +137,24 @@ class Counting(Streaming):
             self.told.append(prompt[0])
             note(prompt)
 
-    def count(self, message: Sequence[int], top: int) -> int:
-        return 1
+    def tokens(self, message: Sequence[int], top: int) -> Told:
+        return [(message[0], -1.0)]
 
-    async def score(self, prompt: Sequence[int], task: Task) -> int:
-        return len(prompt) - 1 - self.lost
+    async def score(self, prompt: Sequence[int], task: Task) -> list[float]:
+        return [-1.0] * (len(prompt) - 1 - self.lost)
 
 
 def task_of(*prompts: list[list[int]], new_tokens: int, late: list[int] | None = None) -> Task:
     """A task of these clients."""
-    return Task(prompts=list(prompts), new_tokens=new_tokens, completions=1, choices=[], top=0, late=late or [])
+    return Task(
+        prompts=list(prompts),
+        new_tokens=new_tokens,
+        completions=1,
+        temperature=0.0,
+        choices=[],
+        top=0,
+        late=late or [],
+    )
 
 
 async def test_a_client_asks_one_after_the_other_and_clients_ask_at_once() -> None:

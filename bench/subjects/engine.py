@@ -16,7 +16,7 @@ from logprobs_server.engine.engine import TorchEngine
 from logprobs_server.engine.types import CompletionDecoded, Event, JobFailed, JobFinished
 from logprobs_server.servicer import Ready
 
-from bench.exchange import Task
+from bench.exchange import Task, Told
 from bench.subjects.ours import as_request
 from bench.subjects.subject import Note, Streaming, serve
 
@@ -42,11 +42,11 @@ class EngineAlone(Streaming):
         self._ready.engine.submit(plan.job, sink)
         await finished.wait()
 
-    def count(self, message: Sequence[Event], top: int) -> int:
-        """Tokens of all events told at once."""
-        tokens = [token for event in message if isinstance(event, CompletionDecoded) for token in event.tokens]
-        assert all(len(token.position.top_ids) == top for token in tokens)
-        return len(tokens)
+    def tokens(self, message: Sequence[Event], top: int) -> Told:
+        """Those of all events told at once."""
+        places = [token.position for event in message if isinstance(event, CompletionDecoded) for token in event.tokens]
+        assert all(len(place.top_ids) == top for place in places)
+        return [(p.token_id, p.logprob) for p in places if p.token_id is not None and p.logprob is not None]
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.exchange import Task
-from bench.subjects.subject import SAMPLING_TEMPERATURE, Note, Streaming, free_port, serve, server
+from bench.exchange import Task, Told
+from bench.subjects.subject import Note, Streaming, free_port, serve, server
 
 __all__ = ["LlamaServer", "opened"]
 
@@ -32,29 +32,28 @@ class LlamaServer(Streaming):
 
     async def generate(self, prompt: Sequence[int], task: Task, note: Note) -> None:
         """One call of /completion; every line with an event is noted."""
-        several = task.completions > 1
         body = {
             "prompt": prompt,
             "n_predict": task.new_tokens,
-            "temperature": SAMPLING_TEMPERATURE if several else 0.0,
+            "temperature": task.temperature,
             "top_k": 0,
             "top_p": 1.0,
             "min_p": 0.0,
             "n_probs": task.top,
             "ignore_eos": True,
             "stream": True,
-            **({"n_cmpl": task.completions} if several else {}),
+            **({"n_cmpl": task.completions} if task.completions > 1 else {}),
         }
         async for line in self._post("/completion", json.dumps(body).encode()):
             if line.startswith(_EVENT):
                 note(line)
 
-    def count(self, message: bytes, top: int) -> int:
-        """Tokens of an event."""
+    def tokens(self, message: bytes, top: int) -> Told:
+        """Those of an event."""
         event = json.loads(message[len(_EVENT) - 1 :])
         probabilities = [] if event["stop"] else event["completion_probabilities"]
         assert all(len(each["top_logprobs"]) == top for each in probabilities)
-        return len(probabilities)
+        return [(each["id"], each["logprob"]) for each in probabilities]
 
     async def _post(self, path: str, body: bytes) -> AsyncIterator[bytes]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)

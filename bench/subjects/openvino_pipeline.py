@@ -13,8 +13,8 @@ import numpy as np
 import openvino
 import openvino_genai
 
-from bench.exchange import Task
-from bench.subjects.subject import SAMPLING_TEMPERATURE, Note, Streaming, serve
+from bench.exchange import Task, Told
+from bench.subjects.subject import Note, Streaming, serve
 
 __all__ = ["Pipeline", "opened"]
 
@@ -32,27 +32,35 @@ class Pipeline(Streaming):
         self._stepping: asyncio.Task[None] | None = None
 
     async def generate(self, prompt: Sequence[int], task: Task, note: Note) -> None:
-        """One request, greedy unless it wants several completions."""
+        """One request, the best tokens unless it has a temperature."""
         config = _config(task.new_tokens, task.top)
-        if task.completions > 1:
-            config.do_sample, config.temperature = True, SAMPLING_TEMPERATURE
-            config.num_return_sequences = task.completions
+        config.num_return_sequences = task.completions
+        if task.temperature > 0:
+            config.do_sample, config.temperature = True, task.temperature
         await self._ask(prompt, config, note)
 
-    def count(self, message: Mapping[int, Any], top: int) -> int:
-        """Tokens of all completions."""
-        return sum(len(output.generated_ids) for output in message.values())
+    def tokens(self, message: Mapping[int, Any], top: int) -> Told:
+        """Those of all completions."""
+        return [
+            token
+            for output in message.values()
+            for token in zip(output.generated_ids, output.generated_log_probs, strict=True)
+        ]
 
-    async def score(self, prompt: Sequence[int], task: Task) -> int:
+    async def score(self, prompt: Sequence[int], task: Task) -> list[float]:
         """Has the prompt repeated, after it each choice; every token comes with its log probability."""
         config = _config(1, task.top)
         config.echo = True
         texts = [[*prompt, *choice] for choice in task.choices] or [list(prompt)]
         told: list[list[Mapping[int, Any]]] = [[] for _ in texts]
         await asyncio.gather(*(self._ask(text, config, note.append) for text, note in zip(texts, told, strict=True)))
-        for text, messages in zip(texts, told, strict=True):
-            assert sum(len(output.generated_log_probs) for m in messages for output in m.values()) == len(text) + 1
-        return sum(map(len, task.choices)) or len(prompt) - 1
+        lengths = [len(choice) for choice in task.choices] or [len(prompt) - 1]
+        found: list[float] = []
+        for text, messages, length in zip(texts, told, lengths, strict=True):
+            logprobs = [p for each in messages for output in each.values() for p in output.generated_log_probs]
+            assert len(logprobs) == len(text) + 1  # one is of a token after the text
+            found += logprobs[len(text) - length : len(text)]
+        return found
 
     async def _ask(self, prompt: Sequence[int], config: Any, note: Note) -> None:
         token_ids = openvino.Tensor(np.array([prompt], dtype=np.int64))

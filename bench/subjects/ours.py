@@ -15,8 +15,8 @@ from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
 from logprobs_server.demo import local_server
 
-from bench.exchange import Task
-from bench.subjects.subject import SAMPLING_TEMPERATURE, Note, Streaming, serve
+from bench.exchange import Task, Told
+from bench.subjects.subject import Note, Streaming, serve
 
 if TYPE_CHECKING:
     from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceAsyncStub  # a type alone
@@ -30,7 +30,7 @@ def as_request(prompt: Sequence[int], task: Task) -> pb.GenerateRequest:
         prompt,
         completion_count=task.completions,
         max_tokens=task.new_tokens,
-        temperature=SAMPLING_TEMPERATURE if task.completions > 1 else 0.0,
+        temperature=task.temperature,
         seed=1,
         top=task.top,
         ignore_eos=True,
@@ -54,18 +54,18 @@ class Service(Streaming):
         async for message in self._stub.Generate(as_request(prompt, task)):
             note(message)
 
-    def count(self, message: pb.GenerateResponse, top: int) -> int:
-        """Tokens of all deltas of a message."""
+    def tokens(self, message: pb.GenerateResponse, top: int) -> Told:
+        """Those of all deltas of a message."""
         tokens = [token for delta in message.decoded.deltas for token in delta.tokens]
         assert all(len(token.top) == top for token in tokens)
-        return len(tokens)
+        return [(token.id, token.logprob) for token in tokens]
 
-    async def score(self, prompt: Sequence[int], task: Task) -> int:
+    async def score(self, prompt: Sequence[int], task: Task) -> list[float]:
         """One call of Score."""
         response = await self._stub.Score(score_request(prompt, task.choices, top=task.top))
         tokens = [token for sequence in response.sequences for token in sequence.tokens if token.HasField("logprob")]
         assert all(len(token.top) == task.top for token in tokens)
-        return len(tokens)
+        return [token.logprob for token in tokens]
 
 
 @contextmanager

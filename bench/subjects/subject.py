@@ -16,14 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any, Protocol
 
-from bench.exchange import LATE_AFTER, LATE_NEW_TOKENS, Answer, Stream, Task
+from bench.exchange import LATE_AFTER, LATE_NEW_TOKENS, Answer, Stream, Task, Told
 
-__all__ = ["SAMPLING_TEMPERATURE", "Note", "Streaming", "Subject", "free_port", "serve", "server"]
+__all__ = ["Note", "Streaming", "Subject", "free_port", "serve", "server"]
 
-SAMPLING_TEMPERATURE = 0.8
-"""At which several completions are drawn."""
 _POLL_S = 0.02
 
 Note = Callable[[Any], None]
@@ -60,61 +59,65 @@ class Streaming(ABC):
         """Has the prompt completed, and notes every message."""
 
     @abstractmethod
-    def count(self, message: Any, top: int) -> int:
-        """Number of tokens that a message tells; checks that they have the alternatives."""
+    def tokens(self, message: Any, top: int) -> Told:
+        """What a message tells; checks that its tokens have the alternatives."""
 
-    async def score(self, prompt: Sequence[int], task: Task) -> int:
-        """Scores the prompt or the choices after it; returns how many tokens were scored."""
+    async def score(self, prompt: Sequence[int], task: Task) -> list[float]:
+        """Log probabilities of the prompt's tokens but for the first, or of the choices' after it."""
         raise NotImplementedError
 
     async def answer(self, task: Task) -> Answer:
         """Runs all clients at once, and the late one when the others are under way."""
-        calls: list[_Call] = []
-        late = _Call()
+        clients = [[_Call() for _ in prompts] for prompts in task.prompts]
+        calls, late = list(chain.from_iterable(clients)), _Call()
         start = time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            for prompts in task.prompts:
-                group.create_task(self._client(prompts, task, calls))
+            for prompts, own in zip(task.prompts, clients, strict=True):
+                group.create_task(self._client(prompts, task, own))
             if task.late:
                 group.create_task(self._late(task, calls, late))
         seconds = time.perf_counter() - start
-        streams = [self._stream(call, task, task.completions * task.new_tokens) for call in calls]
+        expected = task.completions * task.new_tokens
+        streams = [self._stream(call, task, expected) for call in calls] if expected else []
         return Answer(
             seconds=seconds,
             streams=streams,
+            told=[call.told for call in calls],
             late=self._stream(late, task, LATE_NEW_TOKENS) if task.late else None,
         )
 
     async def _client(self, prompts: Sequence[Sequence[int]], task: Task, calls: list[_Call]) -> None:
-        for prompt in prompts:
+        for prompt, call in zip(prompts, calls, strict=True):
+            call.start = time.perf_counter()
             if task.new_tokens:
-                calls.append(call := _Call())
                 await self.generate(prompt, task, call.note)
             else:
-                scored = await self.score(prompt, task)
-                expected = sum(map(len, task.choices)) or len(prompt) - 1
-                assert scored == expected, f"scored {scored} tokens, not {expected}"
+                scored = [token_id for choice in task.choices for token_id in choice] or prompt[1:]
+                logprobs = await self.score(prompt, task)
+                assert len(logprobs) == len(scored), f"scored {len(logprobs)} tokens, not {len(scored)}"
+                call.told = list(zip(scored, logprobs, strict=True))
 
     async def _late(self, task: Task, calls: Sequence[_Call], late: _Call) -> None:
-        for call in calls:  # those of all clients: their tasks were made before
+        for call in calls:
             await call.under_way.wait()
         late.start = time.perf_counter()
         await self.generate(task.late, replace(task, new_tokens=LATE_NEW_TOKENS), late.note)
 
     def _stream(self, call: _Call, task: Task, expected: int) -> Stream:
         """What a call noted, read only now, so that reading takes no time from anyone."""
-        counted = [(at, count) for at, message in call.noted if (count := self.count(message, task.top))]
-        told = sum(count for _, count in counted)
-        assert told == expected, f"told {told} tokens, not {expected}"
-        return Stream(start=call.start, times=[at for at, _ in counted], counts=[count for _, count in counted])
+        read = [(at, tokens) for at, message in call.noted if (tokens := self.tokens(message, task.top))]
+        call.told = [token for _, tokens in read for token in tokens]
+        assert len(call.told) == expected, f"told {len(call.told)} tokens, not {expected}"
+        return Stream(start=call.start, times=[at for at, _ in read], counts=[len(tokens) for _, tokens in read])
 
 
 class _Call:
     """A request under way."""
 
     def __init__(self) -> None:
-        self.start = time.perf_counter()
+        self.start = 0.0
         self.noted: list[tuple[float, Any]] = []
+        self.told: Told = []
         self.under_way = asyncio.Event()
 
     def note(self, message: Any) -> None:

@@ -18,8 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc as services
 
-from bench.exchange import Task
-from bench.subjects.subject import SAMPLING_TEMPERATURE, Note, Streaming, free_port, serve, server
+from bench.exchange import Task, Told
+from bench.subjects.subject import Note, Streaming, free_port, serve, server
 
 __all__ = ["VllmServer", "opened"]
 
@@ -48,7 +48,7 @@ class VllmServer(Streaming):
         sampling = pb.SamplingParams(
             max_tokens=task.new_tokens,
             n=task.completions,
-            temperature=SAMPLING_TEMPERATURE if task.completions > 1 else 0.0,
+            temperature=task.temperature,
             logprobs=task.top,
             ignore_eos=True,
         )
@@ -56,26 +56,27 @@ class VllmServer(Streaming):
             if message.WhichOneof("response") == "chunk":
                 note(message.chunk)
 
-    def count(self, message: Any, top: int) -> int:
-        """Tokens of a chunk."""
+    def tokens(self, message: Any, top: int) -> Told:
+        """Those of a chunk."""
         alternatives = message.output_logprobs.top_logprobs
         assert len(alternatives) == len(message.token_ids)
         assert all(len(each.token_ids) >= top for each in alternatives)
-        return len(message.token_ids)
+        return list(zip(message.token_ids, message.output_logprobs.token_logprobs, strict=True))
 
-    async def score(self, prompt: Sequence[int], task: Task) -> int:
+    async def score(self, prompt: Sequence[int], task: Task) -> list[float]:
         """Every choice comes with the prompt in front, which is computed and told again each time."""
         texts = [[*prompt, *choice] for choice in task.choices] or [list(prompt)]
         told = await asyncio.gather(*(self._scored(text, task.top) for text in texts))
-        assert told == [len(text) - 1 for text in texts]
-        return sum(map(len, task.choices)) or told[0]
+        assert [len(logprobs) for logprobs in told] == [len(text) - 1 for text in texts]
+        lengths = [len(choice) for choice in task.choices] or [len(prompt) - 1]
+        return [p for logprobs, length in zip(told, lengths, strict=True) for p in logprobs[-length:]]
 
-    async def _scored(self, text: Sequence[int], top: int) -> int:
+    async def _scored(self, text: Sequence[int], top: int) -> list[float]:
         sampling = pb.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top)
-        told = 0
+        told: list[Any] = []
         async for message in self._stub.Generate(self._request(text, sampling, stream=False)):
-            told += sum(each.HasField("value") for each in message.complete.input_logprobs.token_logprobs)
-        return told
+            told += message.complete.input_logprobs.token_logprobs
+        return [each.value for each in told if each.HasField("value")]
 
     def _request(self, token_ids: Sequence[int], sampling: Any, *, stream: bool) -> Any:
         tokenized = pb.TokenizedInput(input_ids=token_ids)
