@@ -9,7 +9,7 @@ BENCH_READY := $(VENV)/.bench-ready
 PROTO := protos/logprobs/v1/logprobs.proto
 ARGS ?=
 
-.PHONY: demo serve test check proto baseline bench bench-peers clean
+.PHONY: demo serve test check proto baseline bench bench-fidelity bench-peers clean
 
 demo: $(READY)
 	$(BIN)/python -m logprobs_server.demo $(ARGS)
@@ -46,6 +46,10 @@ bench: $(BENCH_READY)
 # Beside the other rivals too. The first time it installs them into .venv-peers: 7 GB, about a quarter of an hour.
 bench-peers: $(BENCH_READY)
 	$(BIN)/python -m bench --picture $(PICTURE) --rivals all $(ARGS)
+
+# How near to float64, beside transformers and the rivals that `bench-peers` has installed.
+bench-fidelity: $(READY)
+	$(BIN)/python -m bench.fidelity $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-peers

@@ -35,8 +35,6 @@ from bench.workload import QUESTIONS, Question, make_task, warm_up
 
 __all__ = ["main"]
 
-_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "ERROR"}
-
 Results = dict[str, dict[str, list[dict[str, float]]]]
 
 
@@ -52,7 +50,7 @@ def main() -> None:
     setting.peers_dir.mkdir(parents=True, exist_ok=True)
     machine = _machine(setting)
     with _commands(setting, RIVALS if "all" in options.rivals else options.rivals, questions) as commands:
-        with started(commands[OURS], _ENVIRONMENT):
+        with started(commands[OURS]):
             pass  # builds the kernels if need be, so that no start that counts does
         results: Results = defaultdict(lambda: defaultdict(list))
         for run in range(options.runs):
@@ -104,7 +102,7 @@ def _run(
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name, line in commands.items():
-            worker = workers[name] = stack.enter_context(started(line, _ENVIRONMENT))
+            worker = workers[name] = stack.enter_context(started(line))
             if name == OURS or name in RIVALS:
                 results[name][START].append({"seconds": worker.ready_s, "mib": worker.idle_mib})
         for question in questions:

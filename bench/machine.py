@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Machine", "measure"]
+__all__ = ["Machine", "measure", "processor_name"]
 
 _READ_BYTES = 1 << 30
 _TRIES = 3
@@ -68,7 +68,7 @@ def measure(folder: Path, dtype: torch.dtype) -> Machine:
     layer = [(queries + pairs, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner)]
     head = [(config["vocab_size"], hidden)]
     return Machine(
-        processor=_processor(),
+        processor=processor_name(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         dtype=str(dtype).removeprefix("torch."),
@@ -112,7 +112,8 @@ def _best_s(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """As the system calls it."""
     named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return named[1] if named else platform.machine()
 

@@ -18,7 +18,7 @@ from logprobs_server.models.progress import console_progress
 
 from bench.workload import Kind
 
-__all__ = ["RIVALS", "Rival", "Setting", "command"]
+__all__ = ["RIVALS", "Rival", "Setting", "command", "is_installed"]
 
 _CHECK = """
 import importlib.metadata, importlib.util, sys
@@ -64,10 +64,19 @@ def command(rival: Rival, setting: Setting) -> list[str]:
     return [python, "-m", f"bench.subjects.{rival.program}", *rival.arguments(setting)]
 
 
+def is_installed(rival: Rival, peers_dir: Path) -> bool:
+    """Whether its environment is there already, whatever it holds."""
+    return rival.environment is None or _python(rival, peers_dir).exists()
+
+
+def _python(rival: Rival, peers_dir: Path) -> Path:
+    return (peers_dir / str(rival.environment)).absolute() / "bin" / "python"
+
+
 def _installed(rival: Rival, setting: Setting) -> Path:
     """The Python of a rival's environment, which holds what is required."""
-    folder = (setting.peers_dir / str(rival.environment)).absolute()
-    python = folder / "bin" / "python"
+    python = _python(rival, setting.peers_dir)
+    folder = python.parent.parent
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     check = [str(python), "-c", _CHECK, " ".join(rival.requirements), " ".join(rival.unwanted)]

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,8 @@ from bench.exchange import Answer, Task
 
 __all__ = ["Worker", "started"]
 
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "ERROR"}
+"""Of every subject."""
 _ROOT = Path(__file__).parent.parent
 _PEAK_RESET = "5"
 """What proc(5) wants written to clear_refs."""
@@ -104,14 +106,14 @@ class Worker:
 
 
 @contextmanager
-def started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Worker]:
+def started(command: Sequence[str]) -> Iterator[Worker]:
     """A subject's program, until the context ends; shows the end of what it logged if it fails."""
     with tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()
         process = subprocess.Popen(
             command,
             cwd=_ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, **_ENVIRONMENT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
