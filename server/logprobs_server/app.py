@@ -22,6 +22,7 @@ from logprobs_server.engine.engine import TorchEngine
 from logprobs_server.engine.model import LoadOptions, ModelNotServableError, load_model, load_tokenizer
 from logprobs_server.health import Health
 from logprobs_server.interceptor import CallInterceptor
+from logprobs_server.jobs import EngineOnLoop
 from logprobs_server.messages import MessageBuilder
 from logprobs_server.models.resolve import ModelNotUsableError, resolve_model
 from logprobs_server.requests import Limits
@@ -171,7 +172,7 @@ def load(config: Config) -> tuple[Ready, TorchEngine]:
     )
     description = model.description
     ready = Ready(
-        engine=engine,
+        engine=EngineOnLoop(engine),
         validator=Validator(vocabulary, description, limits, tokenizer.render, engine.unfit),
         builder=MessageBuilder(vocabulary, description, limits, tokenizer.render is not None),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -16,6 +17,7 @@ from logprobs_server.engine.types import (
     Job,
     JobFailed,
     JobFinished,
+    ModelDescription,
     Sink,
     Ticket,
 )
@@ -31,7 +33,7 @@ from logprobs_server.messages import MessageBuilder
 from logprobs_server.requests import ScorePlan
 from logprobs_server.score_messages import ScoreMessages
 
-__all__ = ["checked", "run", "scored"]
+__all__ = ["EngineOnLoop", "checked", "run", "scored"]
 
 _INLINE_BYTES = 16 << 10
 """Requests up to this size are checked and tokenised on the event loop, larger ones on another thread."""
@@ -40,6 +42,50 @@ _RETRY_S = 0.05
 
 _Request = TypeVar("_Request", bound=Message)
 _Plan = TypeVar("_Plan")
+
+
+class EngineOnLoop:
+    """An engine whose sinks are called on the event loop that submits: all that a step gave, with one wake-up.
+
+    Implements `Engine`. A wake-up for each of 16 streams kept the engine's thread from its next step for a millisecond.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._waiting: deque[tuple[Sink, Sequence[Event]]] = deque()
+
+    @property
+    def description(self) -> ModelDescription:
+        """The model served."""
+        return self._engine.description
+
+    def unfit(self, job: Job) -> str | None:
+        """Why the engine could never do this job."""
+        return self._engine.unfit(job)
+
+    def submit(self, job: Job, sink: Sink) -> Ticket:
+        """Queues a job; to be called on an event loop."""
+        return self._engine.submit(job, partial(self._hand_over, asyncio.get_running_loop(), sink))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forgets a job."""
+        self._engine.cancel(ticket)
+
+    def close(self) -> None:
+        """Ends the engine's thread."""
+        self._engine.close()
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop, sink: Sink, events: Sequence[Event]) -> None:
+        """On the engine's thread."""
+        self._waiting.append((sink, events))
+        if len(self._waiting) == 1:
+            loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        """On the event loop. What is appended meanwhile is told too, or wakes it again."""
+        while self._waiting:
+            sink, events = self._waiting.popleft()
+            sink(events)
 
 
 async def checked(check: Callable[[_Request], _Plan], request: _Request) -> _Plan:
@@ -53,13 +99,13 @@ async def run(engine: Engine, job: Job, *, patient: bool = False) -> AsyncIterat
     """Gives a job's events, all that wait at a time, until it has finished; left early, it cancels the job.
 
     Args:
+        engine: one that calls its sinks on this event loop.
         patient: waits while the queue is full.
     Raises:
         OverloadedError, NotReadyError: the engine takes no job. EngineFailedError: it could not do this one.
     """
-    loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[Sequence[Event]] = asyncio.Queue()
-    ticket = await _submitted(engine, job, partial(_hand_over, loop, arrived), patient)
+    ticket = await _submitted(engine, job, arrived.put_nowait, patient)
     try:
         while True:
             events = list(await arrived.get())
@@ -99,13 +145,6 @@ async def _submitted(engine: Engine, job: Job, sink: Sink, patient: bool) -> Tic
             if not patient:
                 raise OverloadedError(str(error), reason=error.reason, retry_after_s=error.retry_after_s) from error
         await asyncio.sleep(_RETRY_S)
-
-
-def _hand_over(
-    loop: asyncio.AbstractEventLoop, arrived: asyncio.Queue[Sequence[Event]], events: Sequence[Event]
-) -> None:
-    """From the engine's thread to the event loop."""
-    loop.call_soon_threadsafe(arrived.put_nowait, events)
 
 
 def _failure(event: JobFailed) -> ServiceError:
