@@ -9,7 +9,7 @@ BENCH_READY := $(VENV)/.bench-ready
 PROTO := protos/logprobs/v1/logprobs.proto
 ARGS ?=
 
-.PHONY: demo serve test check proto baseline bench bench-fidelity bench-peers clean
+.PHONY: demo serve test fuzz slow-reader check proto baseline bench bench-fidelity bench-peers clean
 
 demo: $(READY)
 	$(BIN)/python -m logprobs_server.demo $(ARGS)
@@ -19,6 +19,14 @@ serve: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Random and broken requests against a live server: make fuzz ARGS="--requests 100000"
+fuzz: $(READY)
+	PYTHONPATH=tests/service $(BIN)/python tests/fuzz.py $(ARGS)
+
+# Memory of client and server while 5,000 scored sequences wait for a slow reader.
+slow-reader: $(READY)
+	$(BIN)/python tests/slow_reader.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

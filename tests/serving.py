@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +24,16 @@ from logprobs_server.config import Config
 from logprobs_server.engine import kernels
 from tiny_models import ARCHITECTURES
 
-__all__ = ["BOTH_PATHS", "Completion", "collected", "given", "path_name", "serving", "skip_without_kernels"]
+__all__ = [
+    "BOTH_PATHS",
+    "Completion",
+    "collected",
+    "given",
+    "path_name",
+    "served_elsewhere",
+    "serving",
+    "skip_without_kernels",
+]
 
 
 BOTH_PATHS = [(name, False) for name in ARCHITECTURES] + [(name, True) for name in ARCHITECTURES if name != "opt"]
@@ -71,6 +82,18 @@ def serving(folder: Path, **settings: Any) -> Iterator[LogprobsServiceStub]:
     finally:
         stop.set()
         thread.join()
+
+
+@contextmanager
+def served_elsewhere(folder: Path) -> Iterator[tuple[int, str]]:
+    """Serves the model in `folder` by a process of its own; gives the process's id and the address."""
+    command = [sys.executable, "-m", "logprobs_server", "--model", str(folder), "--port", "0", "--dtype", "float32"]
+    with subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.pid, process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
 
 
 async def _serve(config: Config, ports: queue.SimpleQueue[int | BaseException], stop: threading.Event) -> None:

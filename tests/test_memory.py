@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -14,7 +11,7 @@ import pytest
 import transformers
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
-from serving import given
+from serving import given, served_elsewhere
 from tiny_models import CONTEXT_LENGTH, save_model
 
 VOCABULARY_SIZE = 250_880
@@ -37,20 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def served_elsewhere(folder: Path) -> Iterator[tuple[int, LogprobsServiceStub]]:
-    """A server in a process of its own: its id, and a stub."""
-    command = [sys.executable, "-m", "logprobs_server", "--model", str(folder), "--port", "0", "--dtype", "float32"]
-    with subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            target = process.stdout.readline().split()[-1]
-            with grpc.insecure_channel(target) as channel:
-                yield process.pid, LogprobsServiceStub(channel)
-        finally:
-            process.terminate()
-
-
 def status_bytes(pid: int, name: str) -> int:
     """A process's memory as the kernel counts it."""
     found = re.search(rf"^{name}:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
@@ -64,7 +47,8 @@ def test_scoring_a_long_text_over_a_large_vocabulary_grows_memory_by_little(fold
         context=given([(7919 * i) % VOCABULARY_SIZE for i in range(NUM_TOKENS)]),
         logprobs=pb.LogprobOptions(top_count=5),
     )
-    with served_elsewhere(folder) as (pid, stub):
+    with served_elsewhere(folder) as (pid, target), grpc.insecure_channel(target) as channel:
+        stub = LogprobsServiceStub(channel)
         stub.Score(pb.ScoreRequest(context=given(request.context.token_ids.ids[:50]), logprobs=request.logprobs))
         idle = status_bytes(pid, "VmRSS")
         Path(f"/proc/{pid}/clear_refs").write_text(PEAK_RESET)
