@@ -3,7 +3,8 @@
     make slow-reader ARGS="--sequences 5000"
 
 The server runs in a process of its own. All answers together would take hundreds of MiB; the server may hold 64 answers
-or 64 MiB of them, the client what is in flight, so neither may grow by more than that while the reader sleeps.
+or 64 MiB of them, the client what is in flight, so neither may grow by much more while the reader sleeps. Measured
+with 5,000 sequences: the server grew by 75 MiB, the client by 6.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from logprobs import Client
 from serving import served_elsewhere
 from tiny_models import VOCABULARY_SIZE, save_tiny_model
 
-LIMIT_BYTES = 256 << 20
+LIMIT_BYTES = 128 << 20
 TOP = 20
 
 
