@@ -194,7 +194,7 @@ def test_windows_score_every_token_once_with_as_much_before_it_as_can_be(
     assert all(stop - scored <= stride for _, stop, scored in found[1:])
 
 
-@given(st.text("the horse é字🙂", max_size=12), st.text("the horse é字🙂", max_size=12))
+@given(st.text("the horse é字🙂", max_size=12), st.text("the horse é字🙂", max_size=5))  # few enough for 3 windows
 @example("ab é", "字é")
 @example("the ho", "rse")
 def test_a_continuations_offsets_count_from_its_own_start(context: str, continuation: str) -> None:

@@ -61,7 +61,22 @@ def test_another_name_is_a_hub_id_of_unknown_revision(name: str, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "name",
-    ["./model", "/no/such", "../x", "a/b/c", "a//b", "a/", "a b", "ä/b", "a--b", "a..b", "a.git", "a-", "a" * 97, "\0"],
+    [
+        "./model",
+        "/no/such",
+        "../no-such-file",
+        "a/b/c",
+        "a//b",
+        "a/",
+        "a b",
+        "ä/b",
+        "a--b",
+        "a..b",
+        "a.git",
+        "a-",
+        "a" * 97,
+        "\0",
+    ],
 )
 def test_what_is_neither_there_nor_a_hub_id_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelNotUsableError, match="no such folder or file"):

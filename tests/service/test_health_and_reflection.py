@@ -115,7 +115,9 @@ def test_curl_reaches_every_method_without_a_schema(method: str, tiny: Served) -
     assert f'"{field}"' in done.stdout
 
 
-def test_curl_is_told_what_is_not_implemented(tiny: Served) -> None:
-    done = curl(tiny, "ScoreStream", {"id": "a", "request": {"context": {"text": "a"}}})
-    assert done.returncode != 0
-    assert json.loads(done.stderr)["code"] == "unimplemented"
+def test_curl_scores_over_a_stream(tiny: Served) -> None:
+    done = curl(tiny, "ScoreStream", {"id": "mine", "request": {"context": {"text": "a"}}})
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["id"] == "mine"
+    assert len(answer["response"]["sequences"]) == 1
