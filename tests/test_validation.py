@@ -19,6 +19,7 @@ CONTEXT = 16
 LIMITS = Limits(
     top_count=4,
     completion_count=3,
+    beam_count=3,
     stop_strings=2,
     continuations=3,
     alternatives=100,

@@ -163,6 +163,7 @@ def load(config: Config) -> tuple[Ready, TorchEngine]:
     limits = Limits(
         top_count=config.max_top_count,
         completion_count=config.max_completions,
+        beam_count=min(config.max_beams, config.max_sequences),
         stop_strings=_STOP_STRINGS,
         continuations=config.max_continuations,
         alternatives=config.max_alternatives,

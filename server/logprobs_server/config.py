@@ -48,6 +48,7 @@ class Config:
     max_queue: int = _setting(1024, "requests that may wait; more are refused as UNAVAILABLE", least=1)
     max_top_count: int = _setting(100, "alternatives per position", least=0)
     max_completions: int = _setting(128, "completions per request", least=1)
+    max_beams: int = _setting(32, "beams per request, and never more than --max-sequences", least=1)
     max_continuations: int = _setting(1024, "continuations per request", least=1)
     max_alternatives: int = _setting(1 << 20, "positions times alternatives per request", least=0)
     allow_full_distribution: bool = _setting(False, "answer requests for the logprobs of the whole vocabulary")

@@ -19,7 +19,7 @@ from logprobs_server.engine.types import (
     PositionLogprobs,
     PromptScored,
 )
-from logprobs_server.options import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING
+from logprobs_server.options import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING, default_beam_search
 from logprobs_server.requests import GeneratePlan, GivenText, Limits
 from logprobs_server.text.vocabulary import Vocabulary
 
@@ -70,12 +70,14 @@ class MessageBuilder:
             defaults=pb.Defaults(
                 max_tokens=DEFAULT_MAX_TOKENS,
                 sampling=DEFAULT_SAMPLING,
+                beam_search=default_beam_search(limits),
                 stopping=pb.Stopping(min_tokens=0),
                 ranking=pb.Ranking(criterion=pb.RANKING_CRITERION_MEAN_LOGPROB, length_exponent=1),
             ),
             limits=pb.Limits(
                 top_count=limits.top_count,
                 completion_count=limits.completion_count,
+                beam_count=limits.beam_count,
                 stop_strings=limits.stop_strings,
                 continuations=limits.continuations,
                 alternatives=limits.alternatives,
@@ -158,7 +160,8 @@ class GenerateMessages:
     """Turns the events of a GenerateJob into the messages of its stream.
 
     Events that waited together travel together: at most one TokensDecoded for all of them, unless it grew too large.
-    Where only the best of what is drawn are told, they wait until all is drawn.
+    Where only the best of what is drawn are told, they wait until all is drawn, but for beam search, whose first
+    completions are its best.
     """
 
     def __init__(self, builder: MessageBuilder, plan: GeneratePlan) -> None:
@@ -181,13 +184,13 @@ class GenerateMessages:
         finished = [event for event in events if isinstance(event, CompletionFinished)]
         self._finished |= {event.index: event for event in finished}
         ended = bool(finished) and len(self._finished) == self._plan.job.completion_count
-        if self._plan.completion_count < self._plan.job.completion_count:
+        if self._plan.holds:
             self._held += decoded
             if ended:
                 yield from self._winners()
         else:
             yield from self._decoded(decoded)
-            yield from map(self._finish, finished)
+            yield from (self._finish(event) for event in finished if event.index < self._plan.completion_count)
         if ended and len(self._finished) > 1:
             yield self._ranked()
 
@@ -208,7 +211,7 @@ class GenerateMessages:
         return pb.GenerateResponse(
             started=pb.GenerationStarted(
                 model=self._builder.identity(),
-                seed=job.sampling.seed,
+                seed=None if job.beams else job.sampling.seed,
                 prompt_token_count=len(job.prompt),
                 cached_token_count=event.cached_token_count,
                 completion_count=self._plan.completion_count,

@@ -8,12 +8,19 @@ import secrets
 from google.protobuf.duration_pb2 import Duration
 from logprobs.v1 import logprobs_pb2 as pb
 
-from logprobs_server.engine.types import LogprobOptions, ModelDescription, SamplingOptions, StoppingOptions
+from logprobs_server.engine.types import (
+    BeamOptions,
+    EarlyStopping,
+    LogprobOptions,
+    ModelDescription,
+    SamplingOptions,
+    StoppingOptions,
+)
 from logprobs_server.errors import shown
 from logprobs_server.requests import Limits, RankingCriterion, RankingPlan
 from logprobs_server.rules import Rules, check_id, check_ids
 
-__all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_SAMPLING", "OptionReader"]
+__all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_SAMPLING", "OptionReader", "default_beam_search"]
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_SAMPLING = pb.Sampling(
@@ -26,11 +33,26 @@ DEFAULT_SAMPLING = pb.Sampling(
     presence_penalty=0,
     frequency_penalty=0,
 )
+_DEFAULT_BEAMS = 4
+_EARLY_STOPPING = {
+    pb.EARLY_STOPPING_HEURISTIC: EarlyStopping.HEURISTIC,
+    pb.EARLY_STOPPING_WHEN_FULL: EarlyStopping.WHEN_FULL,
+    pb.EARLY_STOPPING_NEVER: EarlyStopping.NEVER,
+}
 _MAX_SEED = 2**53 - 1
 _MAX_STOP_BYTES = 1024
 _MAX_STOP_TOKENS = 64
 _MAX_SECONDS = 315_576_000_000
 """10,000 years, the most that google.protobuf.Duration allows."""
+
+
+def default_beam_search(limits: Limits) -> pb.BeamSearch:
+    """How beams are searched where a request leaves it open."""
+    return pb.BeamSearch(
+        beam_count=min(_DEFAULT_BEAMS, limits.beam_count),
+        length_penalty=1,
+        early_stopping=pb.EARLY_STOPPING_HEURISTIC,
+    )
 
 
 class OptionReader:
@@ -79,6 +101,26 @@ class OptionReader:
             seed=seed,
         )
 
+    def beams(
+        self, rules: Rules, request: pb.GenerateRequest, count: int, stopping: StoppingOptions
+    ) -> tuple[int, BeamOptions]:
+        """How many beams a request that returns `count` completions searches with, and how."""
+        chosen = default_beam_search(self._limits)
+        chosen.MergeFrom(request.beam_search)
+        beams, penalty, limit = chosen.beam_count, chosen.length_penalty, self._limits.beam_count
+        field = "beam_search.beam_count"
+        if rules.check(1 <= beams <= limit, field, f"{beams} is outside [1, {limit}]"):
+            rules.check(beams >= count, field, f"{beams} is below completion_count, {count}")
+        # So that there are as many beams after the first token already, whatever that may not be.
+        most = self._model.vocabulary_size - len({*stopping.token_ids, *self._model.eos_token_ids})
+        rules.check(beams <= max(most, 1), field, f"{beams} is above {most}, the tokens that do not end a completion")
+        description = f"{penalty:g} is not finite"
+        rules.check(math.isfinite(penalty), "beam_search.length_penalty", description)
+        by_score = request.ranking.criterion in (pb.RANKING_CRITERION_UNSPECIFIED, pb.RANKING_CRITERION_BEAM_SCORE)
+        early = _EARLY_STOPPING[chosen.early_stopping]
+        options = BeamOptions(length_penalty=penalty, early_stopping=early, told=count if by_score else beams)
+        return beams, options
+
     def stopping(self, rules: Rules, given: pb.Stopping, max_tokens: int, received_s: float) -> StoppingOptions:
         """What ends completions of a request that was received then, by `time.monotonic`."""
         limit = self._limits.stop_strings
@@ -110,14 +152,16 @@ class OptionReader:
             deadline_s=deadline_s,
         )
 
-    def ranking(self, rules: Rules, given: pb.Ranking) -> RankingPlan:
-        """What completions are ranked by."""
-        if given.criterion == pb.RANKING_CRITERION_BEAM_SCORE:
+    def ranking(self, rules: Rules, given: pb.Ranking, beams: BeamOptions | None) -> RankingPlan:
+        """What completions are ranked by; those of a search by beam score unless it says otherwise."""
+        default = pb.RANKING_CRITERION_BEAM_SCORE if beams else pb.RANKING_CRITERION_MEAN_LOGPROB
+        criterion = RankingCriterion(given.criterion or default)
+        if criterion is RankingCriterion.BEAM_SCORE and not beams:
             rules.broken("ranking.criterion", "RANKING_CRITERION_BEAM_SCORE is only for beam search")
             return RankingPlan()
-        criterion = RankingCriterion(given.criterion or pb.RANKING_CRITERION_MEAN_LOGPROB)
         if not given.HasField("length_exponent"):
-            return RankingPlan(criterion=criterion)
+            exponent = beams.length_penalty if beams and criterion is RankingCriterion.BEAM_SCORE else 1.0
+            return RankingPlan(criterion=criterion, length_exponent=exponent)
         exponent = given.length_exponent
         field = "ranking.length_exponent"
         rules.check(

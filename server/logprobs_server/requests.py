@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from logprobs_server.engine.types import GenerateJob, LogprobOptions, ScoreJob
+from logprobs_server.engine.types import GenerateJob, LogprobOptions, ScoreJob, length_normalized
 from logprobs_server.text.vocabulary import Ranges
 
 __all__ = [
@@ -32,6 +32,7 @@ class Limits:
 
     top_count: int
     completion_count: int
+    beam_count: int
     stop_strings: int
     continuations: int
     alternatives: int
@@ -111,11 +112,12 @@ class RankingCriterion(Enum):
     MEAN_LOGPROB = 1
     TOTAL_LOGPROB = 2
     LENGTH_NORMALIZED = 3
+    BEAM_SCORE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankingPlan:
-    """The criterion, and the exponent of the token count for LENGTH_NORMALIZED."""
+    """The criterion, and the exponent of the token count for LENGTH_NORMALIZED and BEAM_SCORE."""
 
     criterion: RankingCriterion = RankingCriterion.MEAN_LOGPROB
     length_exponent: float = 1.0
@@ -129,8 +131,8 @@ class RankingPlan:
                 return logprob
             case RankingCriterion.MEAN_LOGPROB:
                 return logprob / token_count
-            case RankingCriterion.LENGTH_NORMALIZED:
-                return logprob / float(token_count**self.length_exponent)
+            case RankingCriterion.LENGTH_NORMALIZED | RankingCriterion.BEAM_SCORE:
+                return length_normalized(logprob, token_count, self.length_exponent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,3 +143,9 @@ class GeneratePlan:
     prompt: GivenText
     completion_count: int
     ranking: RankingPlan
+
+    @property
+    def holds(self) -> bool:
+        """Whether only the end shows which completions are told, because the job tells of more."""
+        told = self.job.beams.told if self.job.beams else self.job.completion_count
+        return self.completion_count < told

@@ -13,9 +13,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from logprobs_server.errors import MAX_VIOLATIONS, InvalidRequestError, Violation
 
-__all__ = ["NOT_YET", "Rules", "check_id", "check_ids", "unknown_parts"]
-
-NOT_YET = "is not supported by this server yet"
+__all__ = ["Rules", "check_id", "check_ids", "unknown_parts"]
 
 
 class Rules:
@@ -36,10 +34,6 @@ class Rules:
         if not holds:
             self.broken(field, description)
         return holds
-
-    def unsupported(self, present: bool, field: str) -> None:
-        """Refuses a field that is set and not built yet."""
-        self.check(not present, field, NOT_YET)
 
     def adopt(self, path: str, error: InvalidRequestError) -> None:
         """Takes over the rules that a part of the request breaks; `path` leads to the part, its dot included."""

@@ -1,7 +1,7 @@
 """From a request to what it asks for, or to every rule it breaks. Pure: no gRPC, no torch, nothing runs here.
 
 Inputs and options are read elsewhere; here are the rules between them, and what a request costs. A rule and its message
-sit together. What this server does not do yet is refused by the name of its field.
+sit together.
 """
 
 from __future__ import annotations
@@ -106,11 +106,14 @@ class Validator:
                 "max_tokens",
                 "0 generates nothing and needs prompt_logprobs",
             )
-        rules.unsupported(request.HasField("beam_search"), "beam_search")
         sampling = self._options.sampling(rules, request.sampling, draws)
         stopping = self._options.stopping(rules, request.stopping, max_tokens, received_s)
-        self._leaves_some(rules, sampling, stopping)
-        ranking = self._options.ranking(rules, request.ranking)
+        beams = None
+        if request.HasField("beam_search"):
+            draws, beams = self._options.beams(rules, request, count, stopping)
+        else:
+            self._leaves_some(rules, sampling, stopping)
+        ranking = self._options.ranking(rules, request.ranking, beams)
         options = self._options.logprobs(rules, "logprobs", request.logprobs)
         wants_prompt = request.HasField("prompt_logprobs")
         prompt_options = self._options.logprobs(rules, "prompt_logprobs", request.prompt_logprobs)
@@ -125,6 +128,7 @@ class Validator:
             stopping=stopping,
             logprobs=options,
             prompt_logprobs=prompt_options if wants_prompt else None,
+            beams=beams,
         )
         self._check_alternatives(rules, "logprobs", draws * min(max_tokens, longest - tokens), options)
         self._check_alternatives(rules, "prompt_logprobs", tokens, prompt_options)
@@ -184,6 +188,9 @@ class Validator:
         rules.check(1 <= count <= limit, "completion_count", f"{count} is outside [1, {limit}]")
         rules.check(draws >= count, "best_of", f"{draws} is below completion_count, {count}")
         rules.check(draws <= max(count, limit), "best_of", f"{draws} is above this server's {limit}")
+        if request.HasField("beam_search"):
+            rules.check(not request.HasField("best_of"), "best_of", "does not go with beam_search")
+            rules.check(max_tokens != 0, "max_tokens", "0 generates nothing and does not go with beam_search")
         if max_tokens == 0:
             field, most = ("best_of", draws) if draws > count else ("completion_count", count)
             rules.check(most == 1, field, f"max_tokens 0 goes with one completion, not {most}")

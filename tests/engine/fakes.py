@@ -35,7 +35,16 @@ from logprobs_server.engine.types import (
 )
 from torch import Tensor
 
-__all__ = ["EOS", "VOCABULARY_SIZE", "FakeModel", "Listener", "generate_job", "random_logits", "running_engine"]
+__all__ = [
+    "EOS",
+    "VOCABULARY_SIZE",
+    "ByteVocabulary",
+    "FakeModel",
+    "Listener",
+    "generate_job",
+    "random_logits",
+    "running_engine",
+]
 
 EOS = 256
 VOCABULARY_SIZE = 257

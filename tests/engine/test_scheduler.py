@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
-from fakes import EOS, generate_job
+from fakes import EOS, ByteVocabulary, generate_job
 from hypothesis import given
 from hypothesis import strategies as st
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, BlockPool
@@ -166,7 +166,7 @@ def test_an_expired_job_tells_every_completions_end_and_the_others_run_to_theirs
             driver.step(lambda sequence: True)
     if not late.done:
         ended = {branch for state, branch in driver.ended if state is late}
-        driver.scheduler.expire(late)
+        driver.scheduler.expire(late, ByteVocabulary())
         finished = [event for event in late.events if isinstance(event, CompletionFinished)]
         assert [event.index for event in finished] == sorted(set(range(late.branch_count)) - ended)
         assert all(event.reason is FinishReason.TIME_LIMIT for event in finished)

@@ -18,7 +18,6 @@ CONTEXT, COMPLETIONS, CONTINUATIONS, TOP, ALTERNATIVES = 32, 4, 4, 8, 160
 VOCABULARY = 300
 LAST_SEED = 2**53 - 1
 LONGEST_S = 315_576_000_000
-NOT_YET = "not supported by this server yet"
 NO_TEMPLATE = "the model has no chat template"
 Case = tuple[Any, str, str]
 
@@ -31,6 +30,7 @@ def strict(tiny_folder: Path) -> Iterator[Served]:
         context_length=CONTEXT,
         max_completions=COMPLETIONS,
         max_continuations=CONTINUATIONS,
+        max_beams=6,
         max_top_count=TOP,
         max_alternatives=ALTERNATIVES,
     ) as served:
@@ -58,6 +58,10 @@ def sampled(**fields: Any) -> pb.GenerateRequest:
 
 def stopped(**fields: Any) -> pb.GenerateRequest:
     return generate(stopping=pb.Stopping(**fields))
+
+
+def beams(**fields: Any) -> pb.GenerateRequest:
+    return generate(beam_search=pb.BeamSearch(**fields))
 
 
 def duration(seconds: int = 0, nanos: int = 0) -> duration_pb2.Duration:
@@ -361,9 +365,27 @@ REFUSED: dict[str, Case] = {
         "10.5 is outside [-10, 10]",
     ),
     "length_exponent nan": (ranked(NORMALIZED, length_exponent=math.nan), "ranking.length_exponent", "nan is outside"),
-    # what is not built yet
-    "beam_search": (generate(beam_search=pb.BeamSearch(beam_count=2)), "beam_search", NOT_YET),
-    "empty beam_search": (generate(beam_search=pb.BeamSearch()), "beam_search", NOT_YET),
+    # beams
+    "no beam": (beams(beam_count=0), "beam_search.beam_count", "0 is outside [1, 6]"),
+    "too many beams": (beams(beam_count=7), "beam_search.beam_count", "7 is outside [1, 6]"),
+    "fewer beams than completions": (
+        generate(completion_count=3, beam_search=pb.BeamSearch(beam_count=2)),
+        "beam_search.beam_count",
+        "2 is below completion_count, 3",
+    ),
+    "length_penalty nan": (beams(length_penalty=math.nan), "beam_search.length_penalty", "nan is not finite"),
+    "length_penalty infinite": (beams(length_penalty=-math.inf), "beam_search.length_penalty", "-inf is not finite"),
+    "best_of with beams": (generate(best_of=2, beam_search=pb.BeamSearch()), "best_of", "does not go with beam_search"),
+    "no tokens with beams": (
+        generate(max_tokens=0, prompt_logprobs=options(), beam_search=pb.BeamSearch()),
+        "max_tokens",
+        "0 generates nothing and does not go with beam_search",
+    ),
+    "length_exponent with the beam score": (
+        generate(beam_search=pb.BeamSearch(), ranking=pb.Ranking(criterion=BEAM, length_exponent=1)),
+        "ranking.length_exponent",
+        "only for RANKING_CRITERION_LENGTH_NORMALIZED",
+    ),
     # after a neutral context, in windows, and the whole distribution
     "neutral context without continuations": (
         score(neutral_context=text("a")),
@@ -416,6 +438,14 @@ REFUSED: dict[str, Case] = {
 """What is wrong: the request, the field, and what its description says."""
 
 ACCEPTED: dict[str, Any] = {
+    "default beams": beams(),
+    "one beam": beams(beam_count=1),
+    "most beams": beams(beam_count=6),
+    "as many completions as beams": generate(completion_count=3, beam_search=pb.BeamSearch(beam_count=3)),
+    "least length_penalty": beams(length_penalty=-3e38),
+    "greatest length_penalty": beams(length_penalty=3e38),
+    "beams by another criterion": generate(beam_search=pb.BeamSearch(), ranking=pb.Ranking(criterion=MEAN)),
+    "beams by beam score": generate(beam_search=pb.BeamSearch(), ranking=pb.Ranking(criterion=BEAM)),
     "smallest and largest ids": score(ids([0, 299]), ids([0, 299])),
     "ids to tokenize": pb.TokenizeRequest(input=ids([0, 299])),
     "ids to detokenize": pb.DetokenizeRequest(token_ids=[0, 299]),

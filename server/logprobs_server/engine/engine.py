@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from logprobs_server.engine.batch import Chunk, Model
+from logprobs_server.engine.beams import BeamRow
 from logprobs_server.engine.kv_cache import BlockPool
-from logprobs_server.engine.logprobs import position_logprobs
+from logprobs_server.engine.logprobs import most_probable, position_logprobs
 from logprobs_server.engine.random import VocabularyNoise
 from logprobs_server.engine.sampling import DrawnToken, draw_tokens
 from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits, Work
@@ -177,10 +178,12 @@ class TorchEngine:
         rows = self._compute(self._scheduler.schedule())
         rows += self._start_branches()
         scored: defaultdict[Sequence, list[PositionLogprobs]] = defaultdict(list)
+        beams: dict[Sequence, BeamRow] = {}
         for first in range(0, len(rows), self._slice_rows):
             part = rows[first : first + self._slice_rows]
             logits = self._model.logits(torch.stack([hidden for _, hidden in part])).float()
-            self._deliver([row for row, _ in part], logits, scored)
+            self._deliver([row for row, _ in part], logits, scored, beams)
+        self._extend_beams(beams)
         self._publish(scored)
 
     def _end_late_jobs(self) -> None:
@@ -189,7 +192,7 @@ class TorchEngine:
         now = self._clock() if limited else 0.0
         for state, deadline_s in limited:
             if deadline_s <= now:
-                self._scheduler.expire(state)
+                self._scheduler.expire(state, self._vocabulary)
 
     def _compute(self, work: list[Work]) -> list[tuple[Row, Tensor]]:
         """Runs the model once over the work; returns the rows wanted of it, each with its hidden state."""
@@ -228,7 +231,13 @@ class TorchEngine:
         self._scheduler.retire_roots()
         return rows
 
-    def _deliver(self, rows: list[Row], logits: Tensor, scored: defaultdict[Sequence, list[PositionLogprobs]]) -> None:
+    def _deliver(
+        self,
+        rows: list[Row],
+        logits: Tensor,
+        scored: defaultdict[Sequence, list[PositionLogprobs]],
+        beams: dict[Sequence, BeamRow],
+    ) -> None:
         """Draws and reduces some rows, and hands each sequence what it wanted.
 
         Args:
@@ -241,6 +250,11 @@ class TorchEngine:
             draws = [draw for row in rows if (draw := row.draw) is not None]
             drawn = dict(zip(drawing, draw_tokens(part, draws, self._noise), strict=True))
         token_ids = [drawn[i].token_id if i in drawn else row.token_id for i, row in enumerate(rows)]
+        searching = [index for index, row in enumerate(rows) if row.candidates]
+        found = {}
+        if searching:
+            part = logits if len(searching) == len(rows) else logits[sent(searching, logits.device)]
+            found = dict(zip(searching, most_probable(part, max(row.candidates for row in rows)), strict=True))
         positions = position_logprobs(logits, token_ids, [row.options for row in rows])
         for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
             job = row.sequence.job
@@ -252,8 +266,23 @@ class TorchEngine:
                 self._fail(job, "NOTHING_TO_DRAW", "every token is masked")
             elif index in drawn:
                 self._accept(row.sequence, position, drawn[index])
+            elif index in found:
+                ids, logprobs, ranks = found[index]
+                most = row.candidates
+                beams[row.sequence] = BeamRow(
+                    position=position, token_ids=ids[:most], logprobs=logprobs[:most], ranks=ranks[:most]
+                )
             else:
                 scored[row.sequence].append(position)
+
+    def _extend_beams(self, rows: dict[Sequence, BeamRow]) -> None:
+        """Takes a step of every search whose beams were computed."""
+        for job in dict.fromkeys(beam.job for beam in rows):
+            if job.ticket in self._states and job.search is not None:
+                chosen, events = job.search.extend([rows[beam] for beam in job.branches], self._vocabulary)
+                job.events += events
+                if copies := self._scheduler.extend_beams(job, chosen):
+                    self._model.copy_blocks(copies)
 
     def _accept(self, sequence: Sequence, position: PositionLogprobs, drawn: DrawnToken) -> None:
         assert sequence.completion is not None

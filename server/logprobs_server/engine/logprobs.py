@@ -19,7 +19,7 @@ from logprobs_server.engine import kernels
 from logprobs_server.engine.transfer import fetched, sent
 from logprobs_server.engine.types import LogprobOptions, PositionLogprobs
 
-__all__ = ["log_sum_exp", "position_logprobs", "top_tokens"]
+__all__ = ["log_sum_exp", "most_probable", "position_logprobs", "top_tokens"]
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
@@ -55,6 +55,18 @@ def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     ids, order = ids.sort(dim=-1)
     values, by_value = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(-1, by_value)
+
+
+def most_probable(logits: Tensor, count: int) -> list[tuple[list[int], list[float], list[int]]]:
+    """The `count` most probable tokens of each row, or as many as there are: ids, logprobs and ranks, best first.
+
+    Args:
+        logits: [rows, vocab] float32.
+    """
+    values, ids = top_tokens(logits, min(count, logits.shape[-1]))
+    logprobs = (values.double() - log_sum_exp(logits).unsqueeze(-1)).float()
+    falling = -values
+    return list(zip(*fetched(ids, logprobs, torch.searchsorted(falling, falling) + 1), strict=True))
 
 
 def _with_lowest_ids(logits: Tensor, values: Tensor, ids: Tensor) -> Tensor:

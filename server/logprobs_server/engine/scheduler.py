@@ -2,7 +2,8 @@
 
 Jobs enter in the order they came. A sequence gets all the blocks it may ever need when it starts, so nothing
 is ever taken back from it; a job enters only when the one before it has started all its branches, so the
-blocks that running sequences free always reach the oldest job that waits for some.
+blocks that running sequences free always reach the oldest job that waits for some. Beams of a search share blocks and
+take new ones as they grow, but as many as they could ever need are kept for them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from logprobs_server.engine.beams import BeamSearch
+from logprobs_server.engine.completion import Completion
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
-from logprobs_server.engine.sequences import Completion, JobState, Sequence
-from logprobs_server.engine.types import FinishReason, GenerateJob, JobStarted
+from logprobs_server.engine.sequences import JobState, Sequence
+from logprobs_server.engine.types import FinishReason, GenerateJob, JobStarted, TokenBytes
 
 __all__ = ["LEAST_PREFILL", "Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
 
@@ -81,7 +84,7 @@ class Scheduler:
         return list(self._jobs)
 
     def needs(self, job: JobState) -> int:
-        """Blocks that one branch of the job and its root hold together."""
+        """Blocks that one branch of the job, or all its beams, and its root hold together."""
         return blocks_for(len(job.prefix)) + self._own_blocks(job)
 
     def add(self, job: JobState) -> None:
@@ -97,14 +100,14 @@ class Scheduler:
             for sequence in [s for s in self._sequences if s.job is job]:
                 self.retire(sequence)
 
-    def expire(self, job: JobState) -> None:
+    def expire(self, job: JobState, vocabulary: TokenBytes) -> None:
         """Ends a job whose time is up with what there is of it: completions where they are, others empty."""
         if job in self._waiting:
             job.events.append(JobStarted(cached_token_count=0))
-        started = {sequence.branch: sequence.completion for sequence in job.branches}
-        for index in sorted([*(b for b in started if b is not None), *range(job.next_branch, job.branch_count)]):
-            completion = started.get(index) or self._completion(job, index)
-            job.events += completion.end(FinishReason.TIME_LIMIT)
+        if job.num_beams:
+            job.events += (job.search or self._search(job)).end(FinishReason.TIME_LIMIT, vocabulary)
+        else:
+            self._end_completions(job)
         self.remove(job)
         job.next_branch = job.branch_count
 
@@ -112,7 +115,7 @@ class Scheduler:
         """Lets jobs in while their root and one branch fit."""
         while self._waiting and all(job.next_branch == job.branch_count for job in self._jobs[-1:]):
             job = self._waiting[0]
-            if self.needs(job) > self._pool.num_free or not self._has_place():
+            if self.needs(job) > self._num_free or not self._has_place(job):
                 return
             self._jobs.append(self._waiting.popleft())
             cached = self._start_root(job) if job.prefix else 0
@@ -122,7 +125,7 @@ class Scheduler:
         """Starts as many branches as there is room for, of the jobs whose root is computed."""
         started = []
         for job in self._jobs:
-            while job.awaits_branches and self._has_place() and self._fits(job):
+            while job.awaits_branches and self._has_place(job) and self._fits(job):
                 started.append(self._start_branch(job))
         return started
 
@@ -134,13 +137,13 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """What the next step computes: one token of every decoding sequence, then prompts in the order they came."""
-        work = [_all_of(s) for s in self._sequences if s.completion is not None and s.num_pending == 1]
+        work = [_all_of(s) for s in self._sequences if s.decodes and s.num_pending == 1]
         room = self._limits.max_step_tokens - len(work)
         if work and self._limits.prefill_per_decode is not None:
             room = min(room, max(LEAST_PREFILL, self._limits.prefill_per_decode * len(work)))
         for sequence in self._sequences:
             pending = sequence.num_pending
-            if pending and not (sequence.completion is not None and pending == 1) and room > 0:
+            if pending and not (sequence.decodes and pending == 1) and room > 0:
                 count = min(pending, room)
                 work.append(Work(sequence=sequence, start=sequence.num_computed, stop=sequence.num_computed + count))
                 room -= count
@@ -161,21 +164,82 @@ class Scheduler:
         self._pool.release(sequence.blocks)
         if sequence.job.root is sequence:
             sequence.job.root = None
-        sequence.job.branches.discard(sequence)
+        sequence.job.branches.pop(sequence, None)
         if sequence.job.done and sequence.job in self._jobs:
             self._jobs.remove(sequence.job)
 
-    def _has_place(self) -> bool:
-        """Whether one more sequence may live. A computed root waits for its branches and takes no place."""
-        alive = sum(s.branch is not None or s.num_pending > 0 for s in self._sequences)
-        return alive < self._limits.max_sequences
+    def extend_beams(self, job: JobState, chosen: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Makes these the beams of a job: (number of the beam that goes on, next token id); without any it ends.
+
+        Of those that go on from one beam the first takes its place. The others share its full blocks.
+
+        Returns:
+            The blocks (from, to) whose contents must be copied before the next step.
+        """
+        before = list(job.branches)
+        parents = {before[number] for number, _ in chosen}
+        for beam in before:
+            if beam not in parents:
+                self.retire(beam)
+        copies: list[tuple[int, int]] = []
+        beams = []
+        for number, _ in chosen:
+            beam = before[number]
+            beams.append(beam if beam in parents else self._fork(beam, copies))
+            parents.discard(beam)
+        for beam, (_, token_id) in zip(beams, chosen, strict=True):
+            beam.token_ids.append(token_id)
+            beam.goal += 1
+            beam.blocks += self._pool.allocate(blocks_for(beam.goal) - len(beam.blocks))
+        job.branches = dict.fromkeys(beams)
+        return copies
+
+    def _fork(self, beam: Sequence, copies: list[tuple[int, int]]) -> Sequence:
+        """Another sequence that goes on from a beam; notes the block, if any, that it needs a copy of."""
+        full = beam.blocks[: beam.num_computed // BLOCK_SIZE]
+        self._pool.share(full)
+        own = self._pool.allocate(len(beam.blocks) - len(full))
+        copies += zip(beam.blocks[len(full) :], own, strict=True)
+        other = Sequence(
+            beam.job, beam.branch, beam.token_ids.copy(), full + own, computed=beam.num_computed, goal=beam.goal
+        )
+        other.num_known, other.chain = beam.num_known, beam.chain
+        self._sequences.append(other)
+        return other
+
+    def _end_completions(self, job: JobState) -> None:
+        """Ends the completions of a job where they are; those that have not started are empty."""
+        started = {sequence.branch: sequence.completion for sequence in job.branches}
+        for index in sorted([*(b for b in started if b is not None), *range(job.next_branch, job.branch_count)]):
+            completion = started.get(index) or self._completion(job, index)
+            job.events += completion.end(FinishReason.TIME_LIMIT)
+
+    def _has_place(self, job: JobState) -> bool:
+        """Whether one more sequence of the job may live, or all its beams, which keep their places from the start.
+
+        A computed root waits for its branches and takes no place.
+        """
+        alive = sum(s.branch is not None or s.num_pending > 0 for s in self._sequences if not s.job.num_beams)
+        kept = sum(other.num_beams for other in self._jobs if other is not job)
+        return alive + kept + max(job.num_beams, 1) <= self._limits.max_sequences
+
+    @property
+    def _num_free(self) -> int:
+        """Blocks that nobody holds and that are not kept for beams."""
+        return self._pool.num_free - sum(self._num_kept(job) for job in self._jobs if job.search is not None)
+
+    def _num_kept(self, job: JobState) -> int:
+        """Blocks that the beams of a job may still come to hold."""
+        shared = len(job.prefix) // BLOCK_SIZE
+        return self._own_blocks(job) - len({block for beam in job.branches for block in beam.blocks[shared:]})
 
     def _own_blocks(self, job: JobState) -> int:
-        """Blocks that one branch holds besides those it shares with the root."""
-        return blocks_for(job.most_tokens(self._limits.context_length)) - len(job.prefix) // BLOCK_SIZE
+        """Blocks that one branch, or all beams, hold besides those shared with the root."""
+        own = blocks_for(job.most_tokens(self._limits.context_length)) - len(job.prefix) // BLOCK_SIZE
+        return own * max(job.num_beams, 1)
 
     def _fits(self, job: JobState) -> bool:
-        return self._own_blocks(job) <= self._pool.num_free
+        return self._own_blocks(job) <= self._num_free
 
     def _start_root(self, job: JobState) -> int:
         """Starts a job's root; returns how many of its tokens are computed already.
@@ -199,9 +263,10 @@ class Scheduler:
     def _start_branch(self, job: JobState) -> StartedBranch:
         shared = job.root.blocks[: len(job.prefix) // BLOCK_SIZE] if job.root else []
         self._pool.share(shared)
-        own = self._pool.allocate(self._own_blocks(job))
+        partial = len(job.prefix) % BLOCK_SIZE > 0
+        own = self._pool.allocate(int(partial) if job.num_beams else self._own_blocks(job))
         copied = None
-        if job.root is not None and len(job.prefix) % BLOCK_SIZE:
+        if job.root is not None and partial:
             copied = (job.root.blocks[len(shared)], own[0])
         return StartedBranch(sequence=self._new_branch(job, shared + own), root=job.root, copied_block=copied)
 
@@ -216,10 +281,12 @@ class Scheduler:
             branch.num_known, branch.chain = job.root.num_known, job.root.chain
         if continuation is not None:
             branch.targets_from = prefix + continuation.scored_from
+        elif job.num_beams:
+            job.search = self._search(job)
         else:
             branch.completion = self._completion(job, index)
         job.next_branch += 1
-        job.branches.add(branch)
+        job.branches[branch] = None
         self._sequences.append(branch)
         return branch
 
@@ -227,6 +294,12 @@ class Scheduler:
         assert isinstance(job.job, GenerateJob)
         room = self._limits.context_length - len(job.prefix)
         return Completion(job.job, index, self._eos, room, job.adjustment)
+
+    def _search(self, job: JobState) -> BeamSearch:
+        assert isinstance(job.job, GenerateJob)
+        assert job.job.beams is not None
+        completions = [self._completion(job, index) for index in range(job.num_beams)]
+        return BeamSearch(job.job, job.job.beams, completions, self._eos)
 
 
 def _all_of(sequence: Sequence) -> Work:

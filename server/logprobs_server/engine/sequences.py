@@ -1,36 +1,23 @@
 """Sequences and the jobs they belong to: the engine's state between steps. No tensors but kept hidden states.
 
 A job computes its prefix (prompt or context) once, as the *root* sequence; *branches* (continuations to score,
-completions to draw) start where the root ends and share its blocks.
+completions to draw) start where the root ends and share its blocks. The beams of a search are its branches too.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from logprobs_server.engine.adjustment import Adjustment, JobAdjustment
+from logprobs_server.engine.adjustment import JobAdjustment
+from logprobs_server.engine.beams import BeamSearch
+from logprobs_server.engine.completion import Completion
 from logprobs_server.engine.sampling import Draw
-from logprobs_server.engine.types import (
-    CompletionDecoded,
-    CompletionFinished,
-    Continuation,
-    DecodedToken,
-    Event,
-    FinishReason,
-    GenerateJob,
-    LogprobOptions,
-    PositionLogprobs,
-    ScoreJob,
-    Ticket,
-    TokenBytes,
-)
-from logprobs_server.text.completion import CompletionText, Delta
+from logprobs_server.engine.types import Continuation, Event, GenerateJob, LogprobOptions, ScoreJob, Ticket
 
-__all__ = ["Completion", "JobState", "Row", "Sequence"]
+__all__ = ["JobState", "Row", "Sequence"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +26,14 @@ class Row:
 
     token_id: the token to report, None if it is to be drawn or nobody chose it.
     draw: how to draw it, None if it is not drawn.
+    candidates: how many of the most probable tokens a beam search wants to choose from.
     """
 
     sequence: Sequence
     options: LogprobOptions
     token_id: int | None = None
     draw: Draw | None = None
+    candidates: int = 0
 
 
 class Sequence:
@@ -83,6 +72,11 @@ class Sequence:
         """Tokens that wait to be computed."""
         return self.goal - self.num_computed
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a step computes one token of it, from which another follows."""
+        return self.completion is not None or (self.branch is not None and self.job.search is not None)
+
     def rows_after(self, start: int, stop: int) -> Iterator[tuple[int, Row]]:
         """Rows wanted of tokens start … stop - 1, with the index of the token each follows."""
         length = len(self.token_ids)
@@ -98,141 +92,26 @@ class Sequence:
         """The row that follows the last token there is, if one is wanted."""
         if self.completion is not None:
             return Row(sequence=self, options=self.options, draw=self.completion.next_draw())
+        if self.branch is not None and (search := self.job.search) is not None:
+            return Row(sequence=self, options=self.options, candidates=search.width)
         if self.branch is not None and (options := self.job.next_options) is not None:
             return Row(sequence=self, options=options)
         return None
 
 
-class Completion:
-    """One completion: what was drawn so far, its text, and whether that ends it."""
-
-    def __init__(
-        self,
-        job: GenerateJob,
-        index: int,
-        eos_token_ids: frozenset[int],
-        room: int,
-        adjustment: JobAdjustment | None,
-    ) -> None:
-        self._stopping = job.stopping
-        self._sampling = job.sampling
-        self._index = index
-        self._eos = eos_token_ids
-        self._stop_tokens = frozenset(job.stopping.token_ids)
-        self._limit = min(job.max_tokens, room)
-        self._limit_reason = FinishReason.MAX_TOKENS if job.max_tokens <= room else FinishReason.CONTEXT_FULL
-        self._text = CompletionText(job.stopping.strings, job.stopping.include)
-        self._adjustment = None if adjustment is None else Adjustment(adjustment)
-        self._waiting: deque[tuple[PositionLogprobs, float, int]] = deque()
-        self._masked = tuple(sorted(self._stop_tokens | (frozenset() if job.stopping.ignore_eos else eos_token_ids)))
-        self.num_tokens = 0
-        self._logprob = 0.0
-        self._sampling_logprob = 0.0
-
-    @property
-    def limit(self) -> int:
-        """Most tokens this completion may have."""
-        return self._limit
-
-    def next_draw(self) -> Draw:
-        """How the next token is drawn. Tokens that would end the completion are masked until `min_tokens`."""
-        return Draw(
-            options=self._sampling,
-            seed=self._sampling.seed + self._index,
-            position=self.num_tokens,
-            adjustment=self._adjustment,
-            masked_ids=self._masked if self.num_tokens < self._stopping.min_tokens else (),
-        )
-
-    def accept(
-        self, position: PositionLogprobs, sampling_logprob: float, set_size: int, vocabulary: TokenBytes
-    ) -> list[Event]:
-        """Takes a drawn token; the last event tells whether it was the completion's last."""
-        token_id, logprob = position.token_id, position.logprob
-        assert token_id is not None
-        assert logprob is not None
-        self.num_tokens += 1
-        if self._adjustment is not None:
-            self._adjustment.count(token_id)
-        self._logprob += logprob
-        self._sampling_logprob += sampling_logprob
-        self._waiting.append((position, sampling_logprob, set_size))
-        is_eos = token_id in self._eos and not self._stopping.ignore_eos
-        if is_eos or token_id in self._stop_tokens:
-            keep = self._stopping.include
-            token_bytes = vocabulary.spelled(token_id) if keep else vocabulary.token_bytes(token_id)
-            delta = self._text.push_stop_token(token_bytes, keep)
-            if is_eos:
-                return self._events(delta, FinishReason.END_OF_SEQUENCE)
-            return self._events(delta, FinishReason.STOP_TOKEN, stop_token_id=token_id)
-        token_bytes = vocabulary.token_bytes(token_id)
-        delta = self._text.push(token_bytes, match_stops=self.num_tokens > self._stopping.min_tokens)
-        if delta.stop is not None:
-            return self._events(delta, FinishReason.STOP_STRING, stop_string=delta.stop)
-        if self.num_tokens == self._limit:
-            rest = self._text.flush()
-            both = Delta(placed=delta.placed + rest.placed, text=delta.text + rest.text, stop=None)
-            return self._events(both, self._limit_reason)
-        return self._events(delta, None)
-
-    def end(self, reason: FinishReason) -> list[Event]:
-        """Ends it where it is."""
-        return self._events(self._text.flush(), reason)
-
-    def _events(
-        self,
-        delta: Delta,
-        reason: FinishReason | None,
-        *,
-        stop_string: str | None = None,
-        stop_token_id: int | None = None,
-    ) -> list[Event]:
-        events: list[Event] = []
-        if delta.placed or delta.text:
-            events.append(
-                CompletionDecoded(
-                    index=self._index,
-                    tokens=[self._decoded(placed, *self._waiting.popleft()) for placed in delta.placed],
-                    text=delta.text,
-                )
-            )
-        if reason is not None:
-            assert not self._waiting
-            events.append(self._finished(reason, stop_string, stop_token_id))
-        return events
-
-    def _decoded(self, placed: Any, position: PositionLogprobs, sampling_logprob: float, size: int) -> DecodedToken:
-        return DecodedToken(
-            position=position,
-            sampling_logprob=sampling_logprob,
-            sampling_set_size=size,
-            bytes=placed.bytes,
-            byte_offset=placed.byte_offset,
-            code_point_offset=placed.code_point_offset,
-            trimmed=placed.trimmed,
-        )
-
-    def _finished(self, reason: FinishReason, stop_string: str | None, stop_token_id: int | None) -> CompletionFinished:
-        return CompletionFinished(
-            index=self._index,
-            reason=reason,
-            token_count=self.num_tokens,
-            byte_count=self._text.byte_count,
-            logprob=self._logprob,
-            sampling_logprob=self._sampling_logprob,
-            stop_string=stop_string,
-            stop_token_id=stop_token_id,
-        )
-
-
 class JobState:
-    """A submitted job: its root, its branches alive and to come, and the events it has not told yet."""
+    """A submitted job: its root, its branches alive and to come, and the events it has not told yet.
+
+    branches: in the order they started; the beams of a search best first.
+    search: once it has started, of a job that searches with beams.
+    """
 
     def __init__(self, ticket: Ticket) -> None:
         self.ticket = ticket
         self.job = ticket.job
         self.root: Sequence | None = None
-        self.branches: set[Sequence] = set()
+        self.branches: dict[Sequence, None] = {}
+        self.search: BeamSearch | None = None
         self.next_branch = 0
         self.events: list[Event] = []
 
@@ -258,10 +137,15 @@ class JobState:
 
     @property
     def branch_count(self) -> int:
-        """Branches in all."""
+        """Branches that start from the root; of a search the first beam does."""
         if isinstance(self.job, ScoreJob):
             return len(self.job.continuations)
-        return self.job.completion_count
+        return 1 if self.num_beams else self.job.completion_count
+
+    @property
+    def num_beams(self) -> int:
+        """Beams of its search, 0 if it is none."""
+        return self.job.completion_count if isinstance(self.job, GenerateJob) and self.job.beams else 0
 
     @cached_property
     def adjustment(self) -> JobAdjustment | None:

@@ -5,17 +5,20 @@ Everything here is plain data: no tensors, no gRPC. All log probabilities are na
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 __all__ = [
+    "BeamOptions",
     "CompletionDecoded",
     "CompletionFinished",
     "Continuation",
     "ContinuationScored",
     "DecodedToken",
+    "EarlyStopping",
     "Engine",
     "EngineUnavailableError",
     "Event",
@@ -35,7 +38,17 @@ __all__ = [
     "StoppingOptions",
     "Ticket",
     "TokenBytes",
+    "length_normalized",
 ]
+
+
+def length_normalized(logprob: float, token_count: int, exponent: float) -> float:
+    """A total divided by its number of tokens to the power of `exponent`; a power that no float holds is at its end."""
+    try:
+        power: float = float(token_count) ** exponent
+    except OverflowError:
+        power = sys.float_info.max
+    return logprob / max(power, sys.float_info.min)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +83,31 @@ class SamplingOptions:
     def penalizes(self) -> bool:
         """Whether tokens that occurred count."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+class EarlyStopping(Enum):
+    """When a beam search that has as many finished hypotheses as beams ends; as transformers' `early_stopping`.
+
+    HEURISTIC: when the best beam would not beat the worst of them if it ended now.
+    WHEN_FULL: at once.
+    NEVER: when no beam can beat the worst of them, however long it grows.
+    """
+
+    HEURISTIC = "heuristic"
+    WHEN_FULL = "when_full"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamOptions:
+    """How beams are searched.
+
+    told: the completions whose tokens are told, those with the best beam scores; others only end.
+    """
+
+    length_penalty: float
+    early_stopping: EarlyStopping
+    told: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +153,8 @@ class GenerateJob:
     """Draws completions of a prompt, which is computed once.
 
     The prompt's first token has no distribution and is not among the positions reported.
+
+    beams: searches with as many beams as completions instead, without sampling; completion 0 has the best beam score.
     """
 
     prompt: tuple[int, ...]
@@ -124,6 +164,7 @@ class GenerateJob:
     stopping: StoppingOptions
     logprobs: LogprobOptions
     prompt_logprobs: LogprobOptions | None = None
+    beams: BeamOptions | None = None
 
 
 Job = ScoreJob | GenerateJob

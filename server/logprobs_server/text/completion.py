@@ -5,6 +5,7 @@ Knows bytes, characters and stop strings; nothing of ids, logprobs or why tokens
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,13 @@ class CompletionText:
     def byte_count(self) -> int:
         """Bytes of the text so far, those not told yet included."""
         return self._num_bytes
+
+    def fork(self) -> CompletionText:
+        """The text of another completion, which goes on from the same tokens by itself."""
+        other = copy.copy(self)
+        other._decoder, other._matcher = copy.copy(self._decoder), self._matcher.fork()
+        other._tokens, other._lengths = self._tokens.copy(), self._lengths.copy()
+        return other
 
     def push(self, token_bytes: bytes, *, match_stops: bool = True) -> Delta:
         """Takes the next token's bytes (none for a special token).

@@ -7,6 +7,7 @@ greatest state tells how much of the text may still become part of a match.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 __all__ = ["StopMatcher"]
@@ -26,6 +27,12 @@ class StopMatcher:
         self._first_characters = frozenset(stop[0] for stop in self._stops)
         self._states = [0] * len(self._stops)
         self._held = ""
+
+    def fork(self) -> StopMatcher:
+        """One that goes on from the same text by itself."""
+        other = copy.copy(self)
+        other._states = self._states.copy()
+        return other
 
     def push(self, text: str) -> str:
         """Takes the next text; returns what is certain. After a match that is nothing."""
