@@ -42,13 +42,14 @@ __all__ = ["SETTINGS", "Report", "fuzz"]
 
 SETTINGS: dict[str, Any] = {
     "context_length": 64,
+    "kv_cache_mib": 8,
     "max_completions": 8,
     "max_continuations": 16,
     "max_request_bytes": 1 << 17,
     "max_response_bytes": 1 << 17,
     "allow_full_distribution": True,
 }
-"""Limits low enough that whatever they allow takes milliseconds."""
+"""Limits low enough that whatever they allow takes milliseconds, and all of the cache is soon in use."""
 KINDS = ("sound", "mutated", "damaged")
 _CALLERS = 8
 _WEIGHTS = {"Score": 4, "ScoreStream": 4, "Generate": 6, "Tokenize": 2, "Detokenize": 2, "GetModel": 1}
@@ -190,15 +191,15 @@ def main() -> int:
     parser.add_argument("--embedded", action="store_true", help="the default model instead of a tiny random one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, settings = Path(name), SETTINGS
         if args.embedded:
             source = resolve_model(None, parse([], dict(os.environ)).cache_dir, console_progress(sys.stderr))
             assert source.folder is not None
-            folder = source.folder
+            folder, settings = source.folder, {**SETTINGS, "kv_cache_mib": 64}
         else:
             save_tiny_model("llama", folder)
         start = time.perf_counter()
-        with running(folder, **SETTINGS) as served:
+        with running(folder, **settings) as served:
             report = fuzz(served, args.requests, seed=args.seed, first=args.first)
     print(
         f"{args.requests:,} requests in {time.perf_counter() - start:.0f} s, seed {args.seed}",
