@@ -132,7 +132,8 @@ def test_logprobs_of_generated_tokens_are_those_of_scoring_them() -> None:
     with running_engine(FakeModel()) as engine:
         generated = Listener(engine, generate_job(PROMPT))
         scored = Listener(engine, score_job(PROMPT, generated.token_ids()))
-        assert [token.position.logprob for token in generated.tokens()] == [p.logprob for p in scored.scored()]
+        told = [p.logprob for p in scored.scored()]  # torch's own reductions differ in the last bit with company
+        assert [token.position.logprob for token in generated.tokens()] == pytest.approx(told, abs=1e-6)
 
 
 def test_tokens_before_scored_from_are_not_told() -> None:
