@@ -118,7 +118,7 @@ class _Watch:
 
     async def failed(self, error: BaseException) -> None:
         """Ends the call with the status of the error, unless the caller has gone. Does not return normally then."""
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        if isinstance(error, asyncio.CancelledError | GeneratorExit | grpc.aio.InternalError):  # the last: cannot send
             self.finished("CANCELLED")
             return
         if not isinstance(error, ServiceError):

@@ -12,6 +12,7 @@ import pytest
 from harness import SERVICE, Refusal, Served, answer, refusal, running, text, wait_until
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs_server.engine.types import Event, Job, JobFailed, JobStarted, Sink, Ticket
+from logprobs_server.interceptor import _Call
 
 SECRET = "secret of the engine"
 SCORE = pb.ScoreRequest(context=text("ab"))
@@ -160,3 +161,22 @@ def test_a_bad_request_id_is_replaced(bad: str, tiny: Served) -> None:
 def test_errors_tell_the_request_id_too(tiny: Served) -> None:
     refused = refusal(lambda: tiny.stub.Score(INVALID, metadata=((REQUEST_ID, "mine-2"),)))
     assert refused.info.metadata["request_id"] == "mine-2"
+
+
+async def test_a_caller_that_goes_before_it_is_answered_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    class Gone:
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
+        async def send_initial_metadata(self, metadata: object) -> None:
+            raise grpc.aio.InternalError("cannot be sent")
+
+    async def behaviour(request: Any, context: Any) -> pb.ScoreResponse:
+        return pb.ScoreResponse()
+
+    caplog.set_level("INFO")
+    call = _Call("Score", grpc.unary_unary_rpc_method_handler(behaviour))
+    context: Any = Gone()
+    with pytest.raises(grpc.aio.InternalError):
+        await call.unary(SCORE, context)
+    assert [(record.levelname, record.message.split()[1]) for record in caplog.records] == [("INFO", "CANCELLED")]
