@@ -64,7 +64,7 @@ class Streaming(ABC):
 
     async def score(self, prompt: Sequence[int], task: Task) -> list[float]:
         """Log probabilities of the prompt's tokens but for the first, or of the choices' after it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} cannot score")
 
     async def answer(self, task: Task) -> Answer:
         """Runs all clients at once, and the late one when the others are under way."""
