@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -163,20 +164,53 @@ def test_errors_tell_the_request_id_too(tiny: Served) -> None:
     assert refused.info.metadata["request_id"] == "mine-2"
 
 
-async def test_a_caller_that_goes_before_it_is_answered_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
-    class Gone:
-        def invocation_metadata(self) -> tuple[()]:
-            return ()
+class CannotSend:
+    """A context through which nothing can be sent; if the caller has gone, the task is cancelled next, as gRPC does."""
 
-        async def send_initial_metadata(self, metadata: object) -> None:
-            raise grpc.aio.InternalError("cannot be sent")
+    def __init__(self, *, gone: bool) -> None:
+        self._gone = gone
+        self.codes: list[grpc.StatusCode] = []
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    async def send_initial_metadata(self, metadata: object) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if self._gone:
+            asyncio.get_running_loop().call_soon(task.cancel)
+        raise grpc.aio.InternalError(SECRET)
+
+    async def abort_with_status(self, status: Any) -> None:
+        assert SECRET not in str(status)
+        self.codes.append(status.code)
+
+
+async def scored_through(context: Any) -> None:
+    """Answers one call, which fails."""
 
     async def behaviour(request: Any, context: Any) -> pb.ScoreResponse:
         return pb.ScoreResponse()
 
-    caplog.set_level("INFO")
-    call = _Call("Score", grpc.unary_unary_rpc_method_handler(behaviour))
-    context: Any = Gone()
     with pytest.raises(grpc.aio.InternalError):
-        await call.unary(SCORE, context)
+        await _Call("Score", grpc.unary_unary_rpc_method_handler(behaviour)).unary(SCORE, context)
+
+
+async def test_a_caller_that_goes_before_it_is_answered_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    context = CannotSend(gone=True)
+    await scored_through(context)
     assert [(record.levelname, record.message.split()[1]) for record in caplog.records] == [("INFO", "CANCELLED")]
+    assert not context.codes
+
+
+async def test_what_cannot_be_sent_to_a_caller_who_is_there_is_an_error_of_ours(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logprobs_server.interceptor._PATIENCE_S", 0)
+    caplog.set_level("INFO")
+    context = CannotSend(gone=False)
+    await scored_through(context)
+    logged = [(record.levelname, record.message.split()[1]) for record in caplog.records]
+    assert logged == [("ERROR", "failed,"), ("INFO", "INTERNAL")]
+    assert context.codes == [grpc.StatusCode.INTERNAL]
