@@ -5,7 +5,6 @@ What the text should have become is asked of the tokenizer's own decoder or norm
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +19,7 @@ from logprobs_server.requests import GivenText
 from logprobs_server.rules import Rules
 from logprobs_server.text.completion import CompletionText
 from logprobs_server.text.vocabulary import Vocabulary
-from random_texts import random_texts
+from random_texts import random_ids, random_texts
 from tokenizers import Tokenizer, normalizers
 
 COUNT = 10_000
@@ -53,12 +52,6 @@ def vocabulary(embedded: Tokenizer) -> Vocabulary:
     return Vocabulary(embedded, size=embedded.get_vocab_size())
 
 
-def random_ids(size: int) -> list[list[int]]:
-    """Sequences of up to 20 ids below `size`."""
-    draw = random.Random(1)
-    return [[draw.randrange(size) for _ in range(draw.randrange(21))] for _ in range(COUNT)]
-
-
 def check_offsets(text: GivenText) -> bytes:
     """Every token starts where those before it end, in bytes and characters; gives the bytes of all."""
     joined = b"".join(text.pieces)
@@ -75,7 +68,7 @@ def check_offsets(text: GivenText) -> bytes:
 def test_streamed_bytes_and_text_of_random_tokens_are_those_of_the_whole(
     embedded: Tokenizer, vocabulary: Vocabulary
 ) -> None:
-    for token_ids in random_ids(vocabulary.size):
+    for token_ids in random_ids(COUNT, vocabulary.size):
         completion = CompletionText([], include_stop=False)
         deltas = [completion.push(vocabulary.token_bytes(token_id)) for token_id in token_ids]
         deltas.append(completion.flush())
@@ -87,7 +80,7 @@ def test_streamed_bytes_and_text_of_random_tokens_are_those_of_the_whole(
 
 def test_random_tokens_given_have_the_same_bytes_as_drawn(vocabulary: Vocabulary) -> None:
     reader = reader_of(vocabulary)
-    for token_ids in random_ids(vocabulary.size):
+    for token_ids in random_ids(COUNT, vocabulary.size):
         rules = Rules()
         given = reader.alone(rules, "input", pb.Input(token_ids=pb.TokenIds(ids=token_ids)))
         rules.done()

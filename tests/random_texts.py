@@ -1,11 +1,11 @@
-"""Random texts of every kind of character, the same ones every time."""
+"""Random texts of every kind of character, and random token ids, the same ones every time."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 
-__all__ = ["random_texts"]
+__all__ = ["random_ids", "random_texts"]
 
 _SNIPPETS = (
     " ",
@@ -28,6 +28,12 @@ _SNIPPETS = (
     "İ",
 )
 _RANGES = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF))
+
+
+def random_ids(count: int, size: int, seed: int = 1) -> list[list[int]]:
+    """Sequences of up to 20 ids below `size`."""
+    draw = random.Random(seed)
+    return [[draw.randrange(size) for _ in range(draw.randrange(21))] for _ in range(count)]
 
 
 def random_texts(count: int, seed: int = 0) -> Iterator[str]:
