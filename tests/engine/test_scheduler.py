@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
+import pytest
 from fakes import EOS, ByteVocabulary, generate_job
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,19 +27,22 @@ from logprobs_server.engine.types import (
 
 CONTEXT = 80
 LENGTHS = st.integers(0, 40)
+FIRST_IDS = st.sampled_from((0, 500))  # whether jobs start alike
 GENERATE_JOBS = st.builds(
-    lambda prompt, most, count: generate_job(range(1 + prompt), max_tokens=most, count=count),
+    lambda first, prompt, most, count: generate_job(range(first, first + 1 + prompt), max_tokens=most, count=count),
+    FIRST_IDS,
     LENGTHS,
     st.integers(0, 30),
     st.integers(1, 5),
 )
 SCORE_JOBS = st.builds(
-    lambda prefix, lengths, following: ScoreJob(
-        prefix=tuple(range(prefix)),
+    lambda first, prefix, lengths, following: ScoreJob(
+        prefix=tuple(range(first, first + prefix)),
         continuations=tuple(Continuation(token_ids=tuple(range(length))) for length in lengths),
         logprobs=LogprobOptions(),
         next_logprobs=LogprobOptions() if following else None,
     ),
+    FIRST_IDS,
     LENGTHS,
     st.lists(LENGTHS, min_size=1, max_size=5),
     st.booleans(),
@@ -49,21 +53,49 @@ SPARE_TOKENS = st.integers(0, 40)
 SPARE_BLOCKS = st.integers(0, 10)
 
 
-def test_prompts_wait_for_decoding_sequences_where_they_would_hold_them_up() -> None:
+def scheduler_with(decoding: int, prompts: int) -> Scheduler:
+    """A scheduler in which so many sequences decode and so many prompts of 900 tokens wait."""
     limits = SchedulerLimits(max_sequences=40, max_step_tokens=512, context_length=1000, prefill_per_decode=2)
-    for decoding, most in ((0, 512), (1, LEAST_PREFILL), (20, 40)):
-        scheduler = Scheduler(limits, BlockPool(200), frozenset({EOS}))
-        if decoding:
-            scheduler.add(JobState(Ticket(generate_job(range(9), max_tokens=5, count=decoding), lambda events: None)))
-            scheduler.admit()
-            for part in scheduler.schedule():
-                scheduler.computed(part)
-            for branch in scheduler.start_branches():
-                branch.sequence.token_ids.append(0)
-                branch.sequence.goal += 1
-        scheduler.add(JobState(Ticket(generate_job(range(900), max_tokens=5), lambda events: None)))
+    scheduler = Scheduler(limits, BlockPool(2000), frozenset({EOS}))
+    if decoding:
+        scheduler.add(JobState(Ticket(generate_job(range(9), max_tokens=5, count=decoding), lambda events: None)))
         scheduler.admit()
-        assert [part.stop - part.start for part in scheduler.schedule()] == [*[1] * decoding, most]
+        for part in scheduler.schedule():
+            scheduler.computed(part)
+        for branch in scheduler.start_branches():
+            branch.sequence.token_ids.append(0)
+            branch.sequence.goal += 1
+    for number in range(prompts):
+        prompt = range(1000 * number, 1000 * number + 900)
+        scheduler.add(JobState(Ticket(generate_job(prompt, max_tokens=5), lambda events: None)))
+    scheduler.admit()
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("decoding", "prompts", "most"),
+    [(0, 1, 512), (1, 1, LEAST_PREFILL), (20, 1, 40), (30, 1, 60), (2, 6, 3 * LEAST_PREFILL), (1, 20, 511)],
+)
+def test_prompts_hold_decoding_sequences_up_only_as_far_as_more_wait_for_them(
+    decoding: int, prompts: int, most: int
+) -> None:
+    work = scheduler_with(decoding, prompts).schedule()
+    assert [part.stop - part.start for part in work] == [*[1] * decoding, most]
+
+
+def test_prompts_that_come_together_are_computed_together() -> None:
+    driver = Driver([generate_job(range(first, first + 20)) for first in (0, 100, 200)], 3, 60, 9)
+    driver.step(lambda sequence: True)
+    assert [state.next_branch for state in driver.states] == [1, 1, 1]
+
+
+def test_a_prompt_waits_while_another_computes_what_it_starts_with() -> None:
+    prompts = [range(3 * BLOCK_SIZE), [*range(2 * BLOCK_SIZE), *range(100, 120)]]
+    driver = Driver([generate_job(prompt) for prompt in prompts], 3, 100, 9)
+    driver.step(lambda sequence: True)
+    assert driver.states[1].root is None
+    driver.step(lambda sequence: True)
+    assert driver.states[1].events[0] == JobStarted(cached_token_count=2 * BLOCK_SIZE)
 
 
 class Driver:

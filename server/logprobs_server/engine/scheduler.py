@@ -1,9 +1,10 @@
 """Decides what each step computes: iteration-level batching (Orca, OSDI 2022) with chunked prefill. No tensors.
 
 Jobs enter in the order they came. A sequence gets all the blocks it may ever need when it starts, so nothing
-is ever taken back from it; a job enters only when the one before it has started all its branches, so the
-blocks that running sequences free always reach the oldest job that waits for some. Beams of a search share blocks and
-take new ones as they grow, but as many as they could ever need are kept for them.
+is ever taken back from it; a job enters only beside room for all branches that those before it have still to start, so
+the blocks that running sequences free always reach the oldest job that waits for some. It also waits while another
+computes what it starts with: then that is found. Beams of a search share blocks and take new ones as they grow, but as
+many as they could ever need are kept for them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from logprobs_server.engine.types import FinishReason, GenerateJob, JobStarted, 
 __all__ = ["LEAST_PREFILL", "Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
 
 LEAST_PREFILL = 40
-"""Prompt tokens computed in a step beside few decoding sequences: fewer would not pay for reading the weights."""
+"""Prompt tokens computed in a step beside decoding sequences: fewer would not pay for reading the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +30,9 @@ class SchedulerLimits:
 
     max_sequences: sequences alive at once.
     max_step_tokens: tokens computed in a step; every decoding sequence gets its token, prefill shares the rest.
-    prefill_per_decode: prompt tokens that a step computes at most for each decoding sequence in it, but
-        `LEAST_PREFILL` in any case, so that those sequences are not held up; None: as many as fit the step.
+    prefill_per_decode: prompt tokens that a step computes at most for each decoding sequence in it, so that those are
+        not held up, but `LEAST_PREFILL` in any case, and that many times the prompts that wait for a first token
+        for each sequence that waits for its next, so that nobody waits for few; None: as many as fit the step.
     """
 
     max_sequences: int
@@ -113,10 +115,7 @@ class Scheduler:
 
     def admit(self) -> None:
         """Lets jobs in while their root and one branch fit."""
-        while self._waiting and all(job.next_branch == job.branch_count for job in self._jobs[-1:]):
-            job = self._waiting[0]
-            if self.needs(job) > self._num_free or not self._has_place(job):
-                return
+        while self._waiting and self._may_enter(job := self._waiting[0]):
             self._jobs.append(self._waiting.popleft())
             cached = self._start_root(job) if job.prefix else 0
             job.events.append(JobStarted(cached_token_count=cached))
@@ -124,8 +123,12 @@ class Scheduler:
     def start_branches(self) -> list[StartedBranch]:
         """Starts as many branches as there is room for, of the jobs whose root is computed."""
         started = []
-        for job in self._jobs:
-            while job.awaits_branches and self._has_place(job) and self._fits(job):
+        awaiting = self._awaiting()
+        for place, job in enumerate(awaiting):
+            ahead = awaiting[:place]
+            while (
+                job.awaits_branches and self._has_place(job, ahead) and self._own_blocks(job) <= self._num_free(ahead)
+            ):
                 started.append(self._start_branch(job))
         return started
 
@@ -140,7 +143,8 @@ class Scheduler:
         work = [_all_of(s) for s in self._sequences if s.decodes and s.num_pending == 1]
         room = self._limits.max_step_tokens - len(work)
         if work and self._limits.prefill_per_decode is not None:
-            room = min(room, max(LEAST_PREFILL, self._limits.prefill_per_decode * len(work)))
+            waiting = max(len(work), self._num_prompts)
+            room = min(room, max(LEAST_PREFILL * waiting // len(work), self._limits.prefill_per_decode * len(work)))
         for sequence in self._sequences:
             pending = sequence.num_pending
             if pending and not (sequence.decodes and pending == 1) and room > 0:
@@ -214,19 +218,53 @@ class Scheduler:
             completion = started.get(index) or self._completion(job, index)
             job.events += completion.end(FinishReason.TIME_LIMIT)
 
-    def _has_place(self, job: JobState) -> bool:
+    def _awaiting(self) -> list[JobState]:
+        """Jobs that have entered and still have branches to start."""
+        return [job for job in self._jobs if job.next_branch < job.branch_count]
+
+    def _may_enter(self, job: JobState) -> bool:
+        ahead = self._awaiting()
+        return (
+            self.needs(job) <= self._num_free(ahead)
+            and self._has_place(job, ahead)
+            and not any(self._computes_start(other.root, job) for other in ahead if other.root is not None)
+        )
+
+    def _computes_start(self, root: Sequence, job: JobState) -> bool:
+        """Whether a root will soon hold the first block of the job's prefix that the pool does not know yet."""
+        if root.num_pending == 0:
+            return False
+        stop = BLOCK_SIZE * (1 + len(self._found(job)[0]))
+        return stop <= BLOCK_SIZE * _num_findable(job) and root.token_ids[:stop] == list(job.prefix[:stop])
+
+    def _has_place(self, job: JobState, ahead: list[JobState]) -> bool:
         """Whether one more sequence of the job may live, or all its beams, which keep their places from the start.
 
-        A computed root waits for its branches and takes no place.
+        A computed root waits for its branches and takes no place; a root that is being computed has that of the first.
+
+        Args:
+            ahead: jobs whose branches to come are to find their places.
         """
         alive = sum(s.branch is not None or s.num_pending > 0 for s in self._sequences if not s.job.num_beams)
         kept = sum(other.num_beams for other in self._jobs if other is not job)
-        return alive + kept + max(job.num_beams, 1) <= self._limits.max_sequences
+        to_come = sum(
+            other.branch_count - other.next_branch - (other.root is not None and other.root.num_pending > 0)
+            for other in ahead
+            if not other.num_beams
+        )
+        return alive + kept + to_come + max(job.num_beams, 1) <= self._limits.max_sequences
 
     @property
-    def _num_free(self) -> int:
-        """Blocks that nobody holds and that are not kept for beams."""
-        return self._pool.num_free - sum(self._num_kept(job) for job in self._jobs if job.search is not None)
+    def _num_prompts(self) -> int:
+        """Prompts that completions wait for."""
+        roots = [job.root for job in self._jobs if isinstance(job.job, GenerateJob)]
+        return sum(root is not None and root.num_pending > 0 for root in roots)
+
+    def _num_free(self, ahead: list[JobState]) -> int:
+        """Blocks that nobody holds and that are kept neither for beams nor for the branches to come of those ahead."""
+        kept = sum(self._num_kept(job) for job in self._jobs if job.search is not None)
+        to_come = sum((job.branch_count - job.next_branch) * self._own_blocks(job) for job in ahead)
+        return self._pool.num_free - kept - to_come
 
     def _num_kept(self, job: JobState) -> int:
         """Blocks that the beams of a job may still come to hold."""
@@ -238,17 +276,15 @@ class Scheduler:
         own = blocks_for(job.most_tokens(self._limits.context_length)) - len(job.prefix) // BLOCK_SIZE
         return own * max(job.num_beams, 1)
 
-    def _fits(self, job: JobState) -> bool:
-        return self._own_blocks(job) <= self._num_free
+    def _found(self, job: JobState) -> tuple[list[int], int]:
+        """Known blocks that a job's root can start with, and what stands for all they hold."""
+        return self._pool.find(job.prefix, _num_findable(job))
 
     def _start_root(self, job: JobState) -> int:
-        """Starts a job's root; returns how many of its tokens are computed already.
-
-        The last token is always computed, because branches start from its hidden state; all are if all are reported.
-        """
+        """Starts a job's root; returns how many of its tokens are computed already."""
         options = job.job.prompt_logprobs if isinstance(job.job, GenerateJob) else None
         prefix = list(job.prefix)
-        found, chain = self._pool.find(prefix, (len(prefix) - 1) // BLOCK_SIZE if options is None else 0)
+        found, chain = self._found(job)
         self._pool.share(found)
         blocks = found + self._pool.allocate(blocks_for(len(prefix)) - len(found))
         root = Sequence(job, None, prefix, blocks, computed=len(found) * BLOCK_SIZE, goal=len(prefix))
@@ -300,6 +336,14 @@ class Scheduler:
         assert job.job.beams is not None
         completions = [self._completion(job, index) for index in range(job.num_beams)]
         return BeamSearch(job.job, job.job.beams, completions, self._eos)
+
+
+def _num_findable(job: JobState) -> int:
+    """Full blocks that a job's root need not compute if they are known. It computes the last token, because branches
+    start from its hidden state, and all that are reported."""
+    if isinstance(job.job, GenerateJob) and job.job.prompt_logprobs is not None:
+        return 0
+    return max(0, len(job.prefix) - 1) // BLOCK_SIZE
 
 
 def _all_of(sequence: Sequence) -> Work:
