@@ -19,7 +19,7 @@ from torch import Tensor
 from logprobs_server.engine.batch import Chunk, Model
 from logprobs_server.engine.beams import BeamRow
 from logprobs_server.engine.kv_cache import BlockPool
-from logprobs_server.engine.logprobs import most_probable, position_logprobs
+from logprobs_server.engine.logprobs import LARGEST, most_probable, position_logprobs
 from logprobs_server.engine.random import VocabularyNoise
 from logprobs_server.engine.sampling import DrawnToken, draw_tokens
 from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits, Work
@@ -50,8 +50,8 @@ _log = logging.getLogger(__name__)
 _SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 1 << 22, 1 << 25
 """Logits reduced at a time: 16 MiB in float32, few enough to stay small, enough rows to keep the head a product. A GPU
 has room for more, and its host waits for every slice."""
-
-
+_MOST_PROBABLE = DrawnToken(token_id=LARGEST, sampling_logprob=0.0, set_size=1)
+"""What a greedy draw gives that nothing touches: the logits need no other look for it."""
 _PREFILL_PER_DECODE = 2
 """A prompt's token costs a CPU what a decoded one does: this keeps a step below three times what it takes without."""
 
@@ -243,12 +243,11 @@ class TorchEngine:
         Args:
             logits: [rows, vocab] float32.
         """
-        drawing = [index for index, row in enumerate(rows) if row.draw is not None]
-        drawn: dict[int, DrawnToken] = {}
-        if drawing:
-            part = logits if len(drawing) == len(rows) else logits[sent(drawing, logits.device)]
-            draws = [draw for row in rows if (draw := row.draw) is not None]
-            drawn = dict(zip(drawing, draw_tokens(part, draws, self._noise), strict=True))
+        draws = {i: row.draw for i, row in enumerate(rows) if row.draw is not None and not row.draw.takes_largest}
+        drawn = dict.fromkeys((i for i, row in enumerate(rows) if row.draw is not None), _MOST_PROBABLE)
+        if draws:
+            part = logits if len(draws) == len(rows) else logits[sent(list(draws), logits.device)]
+            drawn |= zip(draws, draw_tokens(part, list(draws.values()), self._noise), strict=True)
         token_ids = [drawn[i].token_id if i in drawn else row.token_id for i, row in enumerate(rows)]
         searching = [index for index, row in enumerate(rows) if row.candidates]
         found = {}
@@ -291,7 +290,8 @@ class TorchEngine:
         if events and isinstance(events[-1], CompletionFinished):
             self._scheduler.retire(sequence)
         else:
-            sequence.token_ids.append(drawn.token_id)
+            assert position.token_id is not None
+            sequence.token_ids.append(position.token_id)
             sequence.goal += 1
 
     def _publish(self, scored: dict[Sequence, list[PositionLogprobs]]) -> None:

@@ -19,7 +19,10 @@ from logprobs_server.engine import kernels
 from logprobs_server.engine.transfer import fetched, sent
 from logprobs_server.engine.types import LogprobOptions, PositionLogprobs
 
-__all__ = ["log_sum_exp", "most_probable", "position_logprobs", "top_tokens"]
+__all__ = ["LARGEST", "log_sum_exp", "most_probable", "position_logprobs", "top_tokens"]
+
+LARGEST = -1
+"""Stands for the most probable token of a row; as the kernels have it."""
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
@@ -89,7 +92,8 @@ def position_logprobs(
 
     Args:
         logits: [rows, vocab] float32, before temperature or truncation. Left unchanged.
-        token_ids: the token that stands at each row's position, None if nobody chose one.
+        token_ids: the token that stands at each row's position, `LARGEST` for the most probable, of equals the
+            lowest id, None if nobody chose one.
         options: what else to tell, per row.
     Returns:
         One per row; None where the model yielded no distribution (NaN, +inf, or -inf throughout).
@@ -97,6 +101,9 @@ def position_logprobs(
     counts = [min(option.top_count, logits.shape[-1]) for option in options]
     found = (_kernel_statistics if kernels.in_use(logits) else _torch_statistics)(logits, token_ids, counts, options)
     named = _named(logits, found.normalisers, options)
+    told_ids = [
+        largest if given == LARGEST else given for given, largest in zip(token_ids, found.largest_ids, strict=True)
+    ]
     return [
         PositionLogprobs(
             token_id=token_id,
@@ -112,7 +119,7 @@ def position_logprobs(
         )
         if found.sound[row]
         else None
-        for row, token_id in enumerate(token_ids)
+        for row, token_id in enumerate(told_ids)
     ]
 
 
@@ -165,7 +172,9 @@ def _torch_statistics(
     weights = (logits - largest).exp_()  # [rows, vocab] float32, the largest is 1
     total = weights.sum(dim=-1, dtype=torch.float64)  # [rows]
     normalisers = largest.squeeze(-1).double() + total.log()
-    chosen_logits = logits.gather(-1, sent([[token_id or 0] for token_id in token_ids], logits.device))  # [rows, 1]
+    largest_ids = logits.argmax(dim=-1)
+    chosen = sent([token_id or 0 for token_id in token_ids], logits.device)
+    chosen_logits = logits.gather(-1, torch.where(chosen == LARGEST, largest_ids, chosen).unsqueeze(-1))  # [rows, 1]
     ranks = 1 + (logits > chosen_logits).sum(dim=-1)
     entropies = _entropies(logits, largest, weights, total, options)
     top_logits, top_ids, tails = _tops(logits, weights, total, counts)
@@ -173,7 +182,7 @@ def _torch_statistics(
     logprobs, floats, numbers, tops = fetched(
         chosen_and_top.float(),
         torch.stack([total, tails, entropies]).float(),
-        torch.stack([ranks, logits.argmax(dim=-1)]),
+        torch.stack([ranks, largest_ids]),
         top_ids,
     )
     return _Statistics(

@@ -40,6 +40,16 @@ class Draw:
     adjustment: Adjustment | None = None
     masked_ids: tuple[int, ...] = ()
 
+    @property
+    def touches(self) -> bool:
+        """Whether it changes logits before it draws."""
+        return self.adjustment is not None or bool(self.masked_ids)
+
+    @property
+    def takes_largest(self) -> bool:
+        """Whether it is no draw at all, but the model's own most probable token."""
+        return self.options.temperature == 0 and not self.touches
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawnToken:
@@ -68,7 +78,7 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw], noise: VocabularyNoise) -
     for (greedy, cut, typical), rows in alike.items():
         part = logits if len(rows) == len(draws) else logits[sent(rows, logits.device)]
         chosen = [draws[row] for row in rows]
-        if touched := any(draw.adjustment is not None or draw.masked_ids for draw in chosen):
+        if touched := any(draw.touches for draw in chosen):
             part = _touched(part, chosen)
         found = _greedy(part, touched) if greedy else _sampled(part, chosen, noise, cut, typical)
         drawn.update(zip(rows, found, strict=True))
@@ -95,19 +105,10 @@ def _touched(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _greedy(logits: Tensor, touched: bool) -> list[DrawnToken]:
     """The most probable token; argmax gives the first of equals."""
-    best = _largest(logits)
+    best = logits.argmax(dim=-1)
     possible = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1) > -torch.inf if touched else torch.ones_like(best)
     rows = zip(*fetched(best, possible.long()), strict=True)
     return [DrawnToken(token_id=token_id, sampling_logprob=0.0, set_size=some) for token_id, some in rows]
-
-
-def _largest(logits: Tensor) -> Tensor:
-    """The id of each row's largest logit, of equals the lowest: [rows] int64."""
-    if not kernels.in_use(logits):
-        return logits.argmax(dim=-1)
-    ids = torch.empty(logits.shape[0], dtype=torch.int64)
-    torch.ops.logprobs.largest(logits.contiguous(), ids)
-    return ids
 
 
 def _sampled(

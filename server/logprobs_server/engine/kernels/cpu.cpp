@@ -284,7 +284,6 @@ TORCH_LIBRARY(logprobs, m) {
       "row_statistics(Tensor logits, Tensor chosen, Tensor wanted, Tensor entropies, Tensor(a!) floats, "
       "Tensor(b!) counts, Tensor(c!) values, Tensor(d!) ids) -> ()",
       row_statistics);
-  m.def("largest(Tensor logits, Tensor(a!) ids) -> ()", largest);
   m.def(
       "race(Tensor logits, Tensor temperatures, Tensor keys, Tensor(a!) winners, Tensor(b!) logprobs, Tensor(c!) sizes) "
       "-> ()",

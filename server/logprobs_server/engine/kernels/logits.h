@@ -160,25 +160,6 @@ inline void row_statistics(const Tensor& logits, const Tensor& chosen, const Ten
   });
 }
 
-// The id of the largest logit of each row of [rows, vocab], of equals the lowest: ids [rows].
-inline void largest(const Tensor& logits, const Tensor& ids) {
-  const int64_t rows = logits.size(0), vocab = logits.size(1), chunks = (vocab + kChunk - 1) / kChunk;
-  std::vector<Part> parts(rows * chunks);
-  Team& team = Team::get();
-  team.run([&] {
-    team.each(rows * chunks, [&](int64_t i) {
-      const int64_t begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
-      search(data<float>(logits) + i / chunks * vocab, begin, end, 0.0f, 1, parts[i]);
-    });
-  });
-  for (int64_t r = 0; r < rows; ++r) {
-    Candidate best{kMasked, vocab};
-    for (int64_t i = r * chunks; i < (r + 1) * chunks; ++i)
-      if (!parts[i].best.empty()) best = std::min(best, parts[i].best.front());
-    data<int64_t>(ids)[r] = std::min(best.id, vocab - 1);
-  }
-}
-
 // What a token's hash becomes: 31 random bits for 16 tokens, as VocabularyNoise in random.py makes them.
 inline __m512i random_bits(__m512i ids, int32_t first, int32_t second) {
   const auto times = [](__m512i x, uint32_t by) { return _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int32_t>(by))); };
