@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from harness import Served, ids, refusal, running, text
 from logprobs.v1 import logprobs_pb2 as pb
+from tiny_models import save_model
+from transformers import LlamaConfig
 
 WINDOW = 32
 TOLERANCE = 1e-4
@@ -173,22 +175,22 @@ def test_whole_distributions_are_split_over_messages(short: Served) -> None:
     assert values[79] == pytest.approx(list(alone.next.logprobs), abs=TOLERANCE)
 
 
-def test_a_distribution_larger_than_a_message_is_split_too(
-    tiny_folder: Path, short: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("logprobs_server.score_messages.FLOAT_BYTES", 500)  # as if the vocabulary were large
-    request = pb.ScoreRequest(
-        context=text("the"), continuations=[ids([i]) for i in range(60)], next_token=True, full_distribution=True
-    )
-    parts = [
-        response.part
-        for response in short.stub.ScoreStream(iter([pb.ScoreStreamRequest(id="a", request=request)]))
-        if response.HasField("part") and response.part.sequence == 59 and response.part.next_logprobs
-    ]
-    assert [len(part.next_logprobs) for part in parts] == [65, 65, 65, 65, 40]
-    [alone] = scored(short, text("the"), ids([59]), next_token=True, full_distribution=True)
-    joined = [value for part in parts for value in part.next_logprobs]
-    assert joined == pytest.approx(list(alone.next.logprobs), abs=TOLERANCE)
+def test_a_distribution_larger_than_a_message_is_split_too(tmp_path: Path) -> None:
+    size, settings = 40_000, {"allow_full_distribution": True, "context_length": WINDOW}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save_model(LlamaConfig(vocab_size=size, **sizes), tmp_path)
+    request = pb.ScoreRequest(context=text("the"), next_token=True, full_distribution=True)
+    with running(tmp_path, **settings) as served:
+        [whole] = served.score(request)
+    with running(tmp_path, max_response_bytes=LIMIT, **settings) as served:
+        assert refusal(lambda: served.score(request)).fields == ["logprobs"]
+        responses = list(served.stub.ScoreStream(iter([pb.ScoreStreamRequest(id="a", request=request)])))
+    parts = [response.part.next_logprobs for response in responses if response.part.next_logprobs]
+    assert len(parts) > size * 4 // LIMIT
+    assert max(response.ByteSize() for response in responses) <= LIMIT
+    joined = [value for part in parts for value in part]
+    assert len(joined) == size
+    assert joined == list(whole.next.logprobs)
 
 
 @pytest.mark.parametrize("allowed", [True, False])
