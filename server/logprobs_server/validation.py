@@ -202,9 +202,8 @@ class Validator:
         if stopping.min_tokens:
             masked.update(stopping.token_ids, () if stopping.ignore_eos else self._model.eos_token_ids)
         size = self._model.vocabulary_size
-        rules.check(
-            len(masked) < size, "sampling.logit_bias", f"with min_tokens masks all {size} tokens; none is left to draw"
-        )
+        helped = " with min_tokens" if stopping.min_tokens else ""
+        rules.check(len(masked) < size, "sampling.logit_bias", f"masks all {size} tokens{helped}; none is left to draw")
 
     def _check_alternatives(self, rules: Rules, field: str, positions: int, options: LogprobOptions) -> None:
         self._costs.check_alternatives(rules, field, positions, options.top_count + len(options.token_ids))

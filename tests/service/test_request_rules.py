@@ -293,7 +293,7 @@ REFUSED: dict[str, Case] = {
     "all tokens banned": (
         sampled(logit_bias=dict.fromkeys(range(300), -math.inf)),
         "sampling.logit_bias",
-        "masks all 300 tokens",
+        "masks all 300 tokens; none is left",
     ),
     "all tokens banned or the end of the sequence": (
         generate(
@@ -301,7 +301,7 @@ REFUSED: dict[str, Case] = {
             stopping=pb.Stopping(min_tokens=1),
         ),
         "sampling.logit_bias",
-        "with min_tokens masks all 300 tokens",
+        "masks all 300 tokens with min_tokens; none is left",
     ),
     "all tokens banned or stop tokens": (
         generate(
@@ -309,7 +309,7 @@ REFUSED: dict[str, Case] = {
             stopping=pb.Stopping(min_tokens=1, token_ids=[299], ignore_eos=True),
         ),
         "sampling.logit_bias",
-        "with min_tokens masks all 300 tokens",
+        "masks all 300 tokens with min_tokens; none is left",
     ),
     "seed below 0": (sampled(seed=-1), "sampling.seed", "-1 is outside [0, 9007199254740991]"),
     "seed above the last": (sampled(seed=LAST_SEED + 1), "sampling.seed", "9007199254740992 is outside"),
