@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from logprobs.ranking import Criterion
+from logprobs.requests import EarlyStopping, RankedBy
 
 __all__ = ["parse"]
 
@@ -23,6 +23,8 @@ _GENERATE_NUMBERS: dict[str, type] = {
     "presence_penalty": float,
     "frequency_penalty": float,
     "seed": int,
+    "beam_count": int,
+    "length_penalty": float,
     "min_tokens": int,
     "time_limit": float,
     "length_exponent": float,
@@ -75,7 +77,8 @@ def _add_generate(parser: ArgumentParser) -> None:
     parser.add_argument("--stop-token-id", action="append", default=[], type=int, dest="stop_token_ids", metavar="ID")
     parser.add_argument("--include-stop", action="store_true", help="keep what stopped a completion in its text")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence tokens")
-    parser.add_argument("--criterion", choices=get_args(Criterion), help="what completions are ranked by")
+    parser.add_argument("--early-stopping", choices=get_args(EarlyStopping), help="when a beam search ends")
+    parser.add_argument("--criterion", choices=get_args(RankedBy), help="what completions are ranked by")
     parser.add_argument("--prompt-logprobs", action="store_true", help="also tell the prompt's tokens")
     _add_logprobs(parser)
 

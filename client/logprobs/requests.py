@@ -15,8 +15,10 @@ from logprobs.ranking import Criterion
 from logprobs.v1 import logprobs_pb2 as pb
 
 __all__ = [
+    "EarlyStopping",
     "GenerateOptions",
     "InputLike",
+    "RankedBy",
     "ScoreOptions",
     "detokenize_request",
     "generate_request",
@@ -24,6 +26,10 @@ __all__ = [
     "tokenize_request",
 ]
 
+EarlyStopping: TypeAlias = Literal["heuristic", "when_full", "never"]
+"""When a beam search ends; transformers' `early_stopping` False, True and "never"."""
+RankedBy: TypeAlias = Literal[Criterion, "beam_score"]
+"""What a server ranks completions by: a criterion of `rank`, or for beam search its own."""
 InputLike: TypeAlias = str | Sequence[int] | Sequence[pb.ChatMessage] | Sequence[Mapping[str, str]] | pb.Input
 """Text, token ids, a conversation (messages, or their "role" and "content"), or the message of any of them."""
 
@@ -32,6 +38,12 @@ _CRITERIA: dict[str, pb.RankingCriterion.ValueType] = {
     "mean": pb.RANKING_CRITERION_MEAN_LOGPROB,
     "total": pb.RANKING_CRITERION_TOTAL_LOGPROB,
     "length_normalized": pb.RANKING_CRITERION_LENGTH_NORMALIZED,
+    "beam_score": pb.RANKING_CRITERION_BEAM_SCORE,
+}
+_EARLY_STOPPING: dict[str, pb.EarlyStopping.ValueType] = {
+    "heuristic": pb.EARLY_STOPPING_HEURISTIC,
+    "when_full": pb.EARLY_STOPPING_WHEN_FULL,
+    "never": pb.EARLY_STOPPING_NEVER,
 }
 _LONG_INPUT: dict[str, pb.LongInput.ValueType] = {"refuse": pb.LONG_INPUT_REFUSE, "roll": pb.LONG_INPUT_ROLL}
 _LISTS = ("token_ids", "stop_token_ids")
@@ -49,6 +61,7 @@ _SAMPLING = (
     "frequency_penalty",
     "seed",
 )
+_BEAM_SEARCH = ("beam_count", "length_penalty", "early_stopping")
 _LOGPROBS = {"top": "top_count", "token_ids": "token_ids", "entropy": "entropy"}
 _STOPPING = {
     "stop_token_ids": "token_ids",
@@ -83,7 +96,8 @@ class GenerateOptions(TypedDict, total=False):
 
     stop: strings that end a completion; include_stop keeps them in its text. time_limit: seconds.
     top, token_ids, entropy: as in ScoreOptions, per generated token. prompt_logprobs: report the prompt's tokens
-    too, with the same three. criterion: what completions are ranked by.
+    too, with the same three. criterion: what completions are ranked by; "beam_score" goes with beam search only.
+    beam_count, length_penalty, early_stopping: any of them searches with beams instead of sampling.
     """
 
     max_tokens: int | None
@@ -99,6 +113,9 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     seed: int | None
+    beam_count: int | None
+    length_penalty: float | None
+    early_stopping: EarlyStopping | None
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     include_stop: bool
@@ -109,7 +126,7 @@ class GenerateOptions(TypedDict, total=False):
     token_ids: Sequence[int]
     entropy: bool
     prompt_logprobs: bool
-    criterion: Criterion | None
+    criterion: RankedBy | None
     length_exponent: float | None
 
 
@@ -139,12 +156,12 @@ def generate_request(prompt: InputLike | pb.GenerateRequest, **options: Unpack[G
 
     Raises:
         InvalidTextError: a text holds a lone surrogate. TypeError, ValueError: a value is not of its field's type,
-            or a sampling option goes with a ready beam search.
+            or options of sampling and of beam search meet, in a ready request or here.
     """
     given = _given(options, GenerateOptions)
     request = _begun(prompt, pb.GenerateRequest, "prompt")
     _set(request, given, _same(_GENERATE))
-    _set_sampling(request, given)
+    _set_search(request, given)
     _set_stopping(request.stopping, given)
     _set(request.logprobs, given, _LOGPROBS)
     if "prompt_logprobs" in given:
@@ -243,14 +260,22 @@ def _one_of(values: Mapping[str, Any], name: str, field: str) -> Any:
     return values[name]
 
 
-def _set_sampling(request: pb.GenerateRequest, given: Mapping[str, Any]) -> None:
-    named = [name for name in (*_SAMPLING, "logit_bias") if name in given]
-    if named and request.HasField("beam_search"):
-        raise ValueError(f"{named[0]}: beam search does not sample")
-    if named:
+def _set_search(request: pb.GenerateRequest, given: Mapping[str, Any]) -> None:
+    sampling = [name for name in (*_SAMPLING, "logit_bias") if name in given]
+    beams = [name for name in _BEAM_SEARCH if name in given]
+    if sampling and (beams or request.HasField("beam_search")):
+        raise ValueError(f"{sampling[0]}: beam search does not sample")
+    if beams and request.HasField("sampling"):
+        raise ValueError(f"{beams[0]}: the request samples, and beam search does not")
+    if sampling:
         _set(request.sampling, given, _same(_SAMPLING))
         for token_id, bias in given.get("logit_bias", {}).items():
             request.sampling.logit_bias[token_id] = bias
+    if beams:
+        _set(request.beam_search, given, _same(("beam_count", "length_penalty")))
+    if "early_stopping" in given:
+        early = _one_of(_EARLY_STOPPING, given["early_stopping"], "early_stopping")
+        request.beam_search.early_stopping = early
 
 
 def _set_stopping(message: pb.Stopping, given: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from logprobs.requests import (
 from logprobs.v1 import logprobs_pb2 as pb
 
 CHAT = [{"role": "user", "content": "Hi"}]
+SEARCH = GenerateOptions(beam_count=4, length_penalty=0.0, early_stopping="when_full")
 CHAT_MESSAGE = pb.ChatMessage(role="user", content="Hi")
 CONVERSATION = pb.Input(conversation=pb.Conversation(messages=[CHAT_MESSAGE]))
 
@@ -85,7 +86,7 @@ def test_each_option_of_generate_has_its_field() -> None:
         criterion="length_normalized",
         length_exponent=0.5,
     )
-    assert options.keys() == GenerateOptions.__annotations__.keys()
+    assert options.keys() | SEARCH.keys() == GenerateOptions.__annotations__.keys()
     request = generate_request("Hi", **options)
     logprobs = {"top_count": 4, "token_ids": [6, 5], "entropy": True}
     assert MessageToDict(request, preserving_proto_field_name=True) == {
@@ -117,6 +118,21 @@ def test_each_option_of_generate_has_its_field() -> None:
         "prompt_logprobs": logprobs,
         "ranking": {"criterion": "RANKING_CRITERION_LENGTH_NORMALIZED", "length_exponent": 0.5},
     }
+
+
+def test_each_option_of_beam_search_has_its_field() -> None:
+    request = generate_request("Hi", **SEARCH, criterion="beam_score")
+    assert MessageToDict(request, preserving_proto_field_name=True) == {
+        "prompt": {"text": "Hi"},
+        "beam_search": {"beam_count": 4, "length_penalty": 0.0, "early_stopping": "EARLY_STOPPING_WHEN_FULL"},
+        "ranking": {"criterion": "RANKING_CRITERION_BEAM_SCORE"},
+    }
+
+
+@pytest.mark.parametrize("name", SEARCH)
+def test_any_option_of_beam_search_alone_asks_for_one(name: str) -> None:
+    request = generate_request("Hi", **{name: SEARCH[name]})  # type: ignore[literal-required, misc]
+    assert [field.name for field, _ in request.beam_search.ListFields()] == [name]
 
 
 def test_each_option_of_score_has_its_field() -> None:
@@ -180,9 +196,24 @@ def test_a_ready_request_is_sent_as_it_is(build: Callable[[Any], Any], ready: An
     assert build(ready) is not ready
 
 
-def test_a_sampling_option_does_not_silently_replace_a_beam_search() -> None:
-    with pytest.raises(ValueError, match="seed: beam search does not sample"):
-        generate_request(pb.GenerateRequest(beam_search=pb.BeamSearch()), seed=1)
+@pytest.mark.parametrize(
+    ("ready", "options", "message"),
+    [
+        (pb.GenerateRequest(beam_search=pb.BeamSearch()), {"seed": 1}, "seed: beam search does not sample"),
+        (pb.GenerateRequest(), {"logit_bias": {1: 2}, "beam_count": 3}, "logit_bias: beam search does not sample"),
+        (
+            pb.GenerateRequest(sampling=pb.Sampling()),
+            {"length_penalty": 1.0},
+            "length_penalty: the request samples, and beam search does not",
+        ),
+    ],
+    ids=["ready search", "both as options", "ready sampling"],
+)
+def test_sampling_and_beam_search_do_not_silently_replace_each_other(
+    ready: pb.GenerateRequest, options: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate_request(ready, **options)
 
 
 LONE = "a\ud800"
@@ -228,6 +259,13 @@ def test_a_mistake_in_a_call_is_a_type_error(build: Callable[[], object], messag
         build()
 
 
-def test_a_choice_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="criterion: 'median' is none of 'mean', 'total', 'length_normalized'"):
-        generate_request("", criterion="median")  # type: ignore[arg-type]
+CHOICES = [
+    ("criterion", "median", "'mean', 'total', 'length_normalized', 'beam_score'"),
+    ("early_stopping", True, "'heuristic', 'when_full', 'never'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "choices"), CHOICES, ids=["criterion", "early_stopping"])
+def test_a_choice_that_there_is_not_is_refused(name: str, value: Any, choices: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: {value!r} is none of {choices}"):
+        generate_request("", **{name: value})  # type: ignore[misc]
