@@ -31,8 +31,8 @@ class Hypothesis:
 class _Noise(transformers.LogitsProcessor):  # type: ignore[misc]
     """Moves every logprob by a little, in its own way at every step."""
 
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores + _NOISE * (2 * torch.rand(scores.shape, generator=self._generator) - 1)
@@ -52,19 +52,23 @@ class BeamOracle:
             eos: end-of-sequence ids, none if empty.
             options: further arguments of `generate`.
         """
-        found = self._run(prompt, beams, eos, [], options)
-        for seed in range(_NOISY_RUNS):
-            noisy = self._run(prompt, beams, eos, [_Noise(seed)], options)
-            assert [one.token_ids for one in noisy] == [one.token_ids for one in found], "a case that noise changes"
+        found = self._run([prompt], beams, eos, [], options)
+        noisy = self._run([prompt] * _NOISY_RUNS, beams, eos, [_Noise()], options)
+        assert [one.token_ids for one in noisy] == [one.token_ids for one in found] * _NOISY_RUNS, "noise changes it"
         return found
 
     @torch.inference_mode()
     def _run(
-        self, prompt: Sequence[int], beams: int, eos: Sequence[int], processors: list[Any], options: dict[str, Any]
+        self,
+        prompts: Sequence[Sequence[int]],
+        beams: int,
+        eos: Sequence[int],
+        processors: list[Any],
+        options: dict[str, Any],
     ) -> list[Hypothesis]:
         self._model.generation_config.eos_token_id = list(eos) or None
         self._model.generation_config.pad_token_id = 0
-        inputs = torch.tensor([list(prompt)])
+        inputs = torch.tensor(prompts)
         output = self._model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
@@ -77,6 +81,6 @@ class BeamOracle:
             **options,
         )
         lengths = (output.beam_indices >= 0).sum(dim=-1).tolist()  # padding may be an end-of-sequence token
-        rows = output.sequences[:, len(prompt) :].tolist()
+        rows = output.sequences[:, inputs.shape[1] :].tolist()
         scores = output.sequences_scores.tolist()
         return [Hypothesis(row[:length], score) for row, length, score in zip(rows, lengths, scores, strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,40 +10,13 @@ from typing import Any
 
 import pytest
 from beam_oracle import BeamOracle, Hypothesis
+from beam_searches import BEAMS, EARLY, EOS_IDS, KINDS, LENGTH, PROMPT, assert_found, search, with_ends
 from google.protobuf.duration_pb2 import Duration
 from harness import Served, Stream, ids, refusal, running
 from logprobs.stream import StreamAssembler
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs_server.engine.types import CompletionDecoded, Event, Job, Sink, Ticket
 from tiny_models import save_tiny_model
-
-PROMPT = list(range(5, 45))
-EOS_IDS = [0, *range(4, 300, 5)]
-"""So many that hypotheses end at different lengths; transformers then looks at 62 candidates for each beam."""
-TEXT = "The capital of France is"
-BEAMS, LENGTH = 4, 16
-EARLY: dict[pb.EarlyStopping.ValueType, bool | str] = {
-    pb.EARLY_STOPPING_HEURISTIC: False,
-    pb.EARLY_STOPPING_WHEN_FULL: True,
-    pb.EARLY_STOPPING_NEVER: "never",
-}
-PENALTIES = (-1.0, 0.0, 1.0, 2.0)
-KINDS = list(itertools.product(PENALTIES, EARLY))
-
-
-def save_ending_model(architecture: str, folder: Path, eos_token_ids: Sequence[int]) -> Path:
-    """A tiny model with these end-of-sequence ids."""
-    save_tiny_model(architecture, folder)
-    for name in ("config.json", "generation_config.json"):
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(settings | {"eos_token_id": list(eos_token_ids)}))
-    return folder
-
-
-def search(**fields: Any) -> pb.GenerateRequest:
-    """All four hypotheses of four beams, but for what is given."""
-    given = {"prompt": ids(PROMPT), "max_tokens": LENGTH, "completion_count": BEAMS}
-    return pb.GenerateRequest(**{**given, "beam_search": pb.BeamSearch(beam_count=BEAMS), **fields})
 
 
 def common_start(sequences: Sequence[Sequence[int]]) -> list[int]:
@@ -53,17 +25,11 @@ def common_start(sequences: Sequence[Sequence[int]]) -> list[int]:
     return [column[0] for column in columns]
 
 
-def assert_found(stream: Stream, expected: Sequence[Hypothesis]) -> None:
-    """The hypotheses in their order, with their scores."""
-    count = len(expected)
-    assert [stream.token_ids(index) for index in range(count)] == [one.token_ids for one in expected]
-    assert [place.completion for place in stream.ranked.completions] == list(range(count))
-    assert [place.value for place in stream.ranked.completions] == pytest.approx([h.score for h in expected], rel=1e-4)
-
-
 @pytest.fixture(scope="module")
 def ending_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_ending_model("llama", tmp_path_factory.mktemp("beams") / "ending", EOS_IDS)
+    folder = tmp_path_factory.mktemp("beams")
+    save_tiny_model("llama", folder / "plain")
+    return with_ends(folder / "plain", folder / "ending", EOS_IDS)
 
 
 @pytest.fixture(scope="module")
@@ -97,28 +63,6 @@ def test_hypotheses_order_and_scores_are_those_of_transformers(
 ) -> None:
     beams = pb.BeamSearch(beam_count=BEAMS, length_penalty=penalty, early_stopping=early)
     assert_found(ending.generate(search(beam_search=beams)), found[penalty, early])
-
-
-@pytest.mark.parametrize("architecture", ["bloom", "gpt2", "opt", "mistral"])
-@pytest.mark.parametrize("eos", [[0], EOS_IDS], ids=["one end", "many ends"])
-def test_other_models_are_searched_as_transformers_does(architecture: str, eos: list[int], tmp_path: Path) -> None:
-    folder = save_ending_model(architecture, tmp_path / "model", eos)
-    expected = BeamOracle(folder).search(PROMPT[:7], 3, eos, max_new_tokens=40)
-    with running(folder) as served:
-        request = search(prompt=ids(PROMPT[:7]), max_tokens=40, completion_count=3)
-        request.beam_search.beam_count = 3
-        assert_found(served.generate(request), expected)
-
-
-@pytest.mark.parametrize("penalty", [0.0, 1.0])
-def test_the_embedded_model_is_searched_as_transformers_does(
-    penalty: float, embedded: Served, embedded_folder: Path
-) -> None:
-    prompt = [token.id for token in embedded.stub.Tokenize(pb.TokenizeRequest(input=pb.Input(text=TEXT))).tokens]
-    eos = list(embedded.stub.GetModel(pb.GetModelRequest()).eos_token_ids)
-    expected = BeamOracle(embedded_folder).search(prompt, BEAMS, eos, max_new_tokens=12, length_penalty=penalty)
-    beams = pb.BeamSearch(beam_count=BEAMS, length_penalty=penalty)
-    assert_found(embedded.generate(search(prompt=ids(prompt), max_tokens=12, beam_search=beams)), expected)
 
 
 def test_min_tokens_masks_ends_as_transformers_does(ending: Served, ending_folder: Path) -> None:
