@@ -219,14 +219,20 @@ def _scored(stub: LogprobsServiceStub, prompt: Sequence[int], continuation: Sequ
     return [_told(found[0]), _told(found[1][len(prompt) :])]
 
 
-@pytest.mark.parametrize("callers", [1, 17], ids=["idle", "with 16 others"])
-def test_generated_tokens_have_the_bits_that_score_gives_them(served: LogprobsServiceStub, callers: int) -> None:
+@pytest.mark.parametrize("others", [0, 16], ids=["idle", "with 16 others"])
+@pytest.mark.parametrize(("temperature", "count"), [(0.0, 1), (1.0, 1), (1.0, 20)])
+def test_generated_tokens_have_the_bits_that_score_gives_them(
+    served: LogprobsServiceStub, others: int, temperature: float, count: int
+) -> None:
     draw = Random(2)
-    prompts = [[draw.randrange(100, 40_000) for _ in range(draw.randint(1, 90))] for _ in range(callers)]
-    with ThreadPoolExecutor(callers) as pool:
-        for temperature, count in ((0.0, 1), (1.0, 1), (1.0, 20 if callers == 1 else 3)):
-            calls = [pool.submit(_generated, served, prompt, temperature, count) for prompt in prompts]
-            for prompt, call in list(zip(prompts, calls, strict=True))[-3:]:
-                for tokens in call.result()[-2:]:
-                    ids = [token.id for token in tokens]
-                    assert _scored(served, prompt, ids) == [_told(tokens)] * 2
+    prompts = [[draw.randrange(100, 40_000) for _ in range(draw.randint(1, 90))] for _ in range(1 + others)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        calls = [
+            pool.submit(_generated, served, prompt, temperature, count if i == others else 1)
+            for i, prompt in enumerate(prompts)
+        ]
+        assert len(calls[-1].result()) == count
+        for prompt, call in list(zip(prompts, calls, strict=True))[-2:]:
+            for tokens in call.result():
+                ids = [token.id for token in tokens]
+                assert _scored(served, prompt, ids) == [_told(tokens)] * 2
