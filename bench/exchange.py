@@ -12,8 +12,8 @@ LATE_AFTER = 64
 LATE_NEW_TOKENS = 8
 """Tokens generated after the late prompt."""
 
-Told: TypeAlias = list[tuple[int, float]]
-"""Ids of tokens and their log probabilities, in the order they were told."""
+Told: TypeAlias = list[tuple[int, float | None]]
+"""Ids of tokens and their log probabilities, in the order they were told; None where a subject leaves one out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

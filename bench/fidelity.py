@@ -25,6 +25,7 @@ from bench.exchange import Task, Told
 from bench.figures import OURS
 from bench.peers import RIVALS, Setting, command, is_installed
 from bench.reference import Reference
+from bench.subjects.llama_cpp import WHOLE
 from bench.subjects.transformers_eager import FLOAT32_LOGITS
 from bench.worker import started
 from bench.workload import TOP
@@ -75,7 +76,7 @@ def _commands(setting: Setting, rivals: Iterable[str]) -> dict[str, list[str]]:
     """The programs to ask, by name: ours, rivals, and transformers once more with float32 logits where its are not."""
     commands = {OURS: [sys.executable, "-m", "bench.subjects.ours", "--dtype", setting.dtype]}
     for name in rivals:
-        commands[name] = command(RIVALS[name], setting)
+        commands[name] = [*command(RIVALS[name], setting), *([WHOLE] if name == "llama.cpp" else [])]
         if name == "transformers" and setting.dtype != "float32":
             commands["transformers, float32 logits"] = [*commands[name], FLOAT32_LOGITS]
     return commands
@@ -126,7 +127,7 @@ def _differences(told: Sequence[Told], task: Task, reference: Reference) -> list
     for prompt, tokens in zip((p for prompts in task.prompts for p in prompts), told, strict=True):
         new = [token_id for token_id, _ in tokens] if task.new_tokens else []
         truth = reference.logprobs(prompt + new)[-len(tokens) :]
-        differences += (torch.tensor([p for _, p in tokens], dtype=torch.float64) - truth).tolist()
+        differences += [p - true for (_, p), true in zip(tokens, truth.tolist(), strict=True) if p is not None]
     return differences
 
 

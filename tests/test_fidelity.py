@@ -20,6 +20,7 @@ from bench.deviation import Deviation, deviation, near_enough
 from bench.exchange import Task, Told
 from bench.fidelity import TEXTS, make_tasks
 from bench.reference import Reference
+from bench.subjects.llama_cpp import in_their_places
 from bench.subjects.subject import Note, Streaming
 from bench.subjects.transformers_eager import FLOAT32_LOGITS, opened
 
@@ -178,3 +179,9 @@ def test_near_enough_is_what_the_type_is_held_to(
     mine, theirs = (pair and Deviation(tokens=1, mean=pair[0], max=pair[1]) for pair in (ours, rival))
     assert mine is not None
     assert near_enough(dtype, mine, theirs) is expected
+
+
+def test_log_probabilities_that_llama_cpp_leaves_out_are_found_by_the_ids_or_dropped() -> None:
+    told = [(1, -0.5), (4, -2.0)]
+    assert in_their_places([1, 2, 3, 4], told) == [(1, -0.5), (2, None), (3, None), (4, -2.0)]
+    assert in_their_places([1, 1, 4], told) == [(1, None), (1, None), (4, None)]
