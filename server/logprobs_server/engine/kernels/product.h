@@ -16,7 +16,7 @@ namespace logprobs {
 using at::Tensor;
 
 constexpr int64_t kColumns = 32;   // outputs that one block of packed weights gives
-constexpr int64_t kInputs = 288;   // inputs that one float32 sum takes before it is added to the others
+constexpr int64_t kInputs = 64;    // inputs that one float32 sum takes before it is added to the others
 constexpr int kRows = 12;          // rows that one read of a block serves: all registers hold sums
 constexpr int64_t kTileRows = 64;  // rows that go through AMX tiles together
 constexpr int64_t kRowTile = 192;  // rows whose inputs stay in the second cache while blocks pass
