@@ -17,10 +17,10 @@ import torch
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
 from logprobs_server.engine import decoder
-from logprobs_server.engine import model as engine_model
 from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.decoder import Architecture
 from logprobs_server.engine.lean import LeanModel, packed_decoder
+from logprobs_server.engine.model import general, loading
 from oracle import TOLERANCE, Oracle, deviation
 from serving import BOTH_PATHS, given, path_name, serving, skip_without_kernels
 from texts import LONG_TEXT, TEXTS
@@ -81,7 +81,7 @@ def on_device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp(request.param)
     save_tiny_model(request.param, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_model, "_is_gpu", lambda device: True)
+        patch.setattr(loading, "_is_gpu", lambda device: True)
         yield from _served(request.param, False, folder, threads=1, max_sequences=8, max_step_tokens=STEP_TOKENS)
 
 
@@ -94,7 +94,7 @@ def embedded(request: pytest.FixtureRequest, embedded_folder: Path) -> Iterator[
 def _served(name: str, lean: bool, folder: Path, **settings: Any) -> Iterator[Served]:
     skip_without_kernels(lean)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_model, "LeanModel", Remembering)
+        patch.setattr(loading, "LeanModel", Remembering)
         with serving(folder, kernels=lean, **settings) as stub:
             yield Served(name, lean, stub, Oracle(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
 
@@ -102,12 +102,12 @@ def _served(name: str, lean: bool, folder: Path, **settings: Any) -> Iterator[Se
 def _shift_positions(patch: pytest.MonkeyPatch) -> None:
     """Every chunk but the first stands one position too far."""
 
-    class ShiftedGroup(engine_model._Group):
+    class ShiftedGroup(general._Group):
         def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
             super().__init__(chunks, device)
             self.position_ids += self.position_ids[:, :1] > 0
 
-    patch.setattr(engine_model, "_Group", ShiftedGroup)
+    patch.setattr(general, "_Group", ShiftedGroup)
 
 
 def _widen_window(patch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
 from logprobs_server.engine.lean import LeanModel
 from logprobs_server.engine.logprobs import position_logprobs
-from logprobs_server.engine.model import LoadOptions, load_model
+from logprobs_server.engine.model.checkpoint import LoadOptions
+from logprobs_server.engine.model.loading import load_model
 from logprobs_server.engine.types import LogprobOptions, PositionLogprobs
 from serving import collected, given, serving, skip_without_kernels
 from tiny_models import save_tiny_model

@@ -19,7 +19,8 @@ from logprobs.v1.logprobs_pb2_grpc import add_LogprobsServiceServicer_to_server
 
 from logprobs_server.config import Config
 from logprobs_server.engine.engine import TorchEngine
-from logprobs_server.engine.model import LoadOptions, ModelNotServableError, load_model, load_tokenizer
+from logprobs_server.engine.model.checkpoint import LoadOptions, ModelNotServableError, load_tokenizer
+from logprobs_server.engine.model.loading import load_model
 from logprobs_server.health import Health
 from logprobs_server.interceptor import CallInterceptor
 from logprobs_server.jobs import EngineOnLoop

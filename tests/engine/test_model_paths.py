@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from logprobs_server.engine import model as engine_model
 from logprobs_server.engine.batch import Chunk, Model
 from logprobs_server.engine.device import DeviceModel
-from logprobs_server.engine.model import LoadOptions, TransformersModel, load_model
+from logprobs_server.engine.model import loading
+from logprobs_server.engine.model.checkpoint import LoadOptions
+from logprobs_server.engine.model.general import TransformersModel
 from tiny_models import save_tiny_model
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def loaded(folder: Path, device: str = "cpu") -> Model:
-    return load_model(
+    return loading.load_model(
         LoadOptions(path=str(folder), name=folder.name, revision="", max_sequences=2, dtype="float32", device=device)
     )
 
@@ -31,7 +32,7 @@ def loaded(folder: Path, device: str = "cpu") -> Model:
 def test_a_gpu_gets_the_device_path_for_the_families_it_knows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = "llama" in (folder / "config.json").read_text()
     assert isinstance(loaded(folder), TransformersModel)
-    monkeypatch.setattr(engine_model, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(loading, "_is_gpu", lambda device: True)
     assert isinstance(loaded(folder), DeviceModel if known else TransformersModel)
 
 
@@ -46,7 +47,7 @@ def test_where_the_device_path_fails_transformers_runs_the_model(
             raise fault
         return torch.zeros(sum(len(chunk.token_ids) for chunk in chunks), 64)
 
-    monkeypatch.setattr(engine_model, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(loading, "_is_gpu", lambda device: True)
     monkeypatch.setattr(DeviceModel, "forward", forward)
     assert isinstance(loaded(tmp_path), TransformersModel)
     assert "left to transformers" in caplog.text

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_tokenizers
 from logprobs.v1 import logprobs_pb2 as pb
-from logprobs_server.engine.model import load_tokenizer
+from logprobs_server.engine.model.checkpoint import load_tokenizer
 from logprobs_server.engine.types import ModelDescription
 from logprobs_server.inputs import InputReader
 from logprobs_server.requests import GivenText
