@@ -8,10 +8,11 @@ from typing import TypeVar
 import pytest
 import torch
 from logprobs_server.engine import kernels
+from logprobs_server.engine.events import PositionLogprobs
 from logprobs_server.engine.logprobs import position_logprobs
 from logprobs_server.engine.random import VocabularyNoise
 from logprobs_server.engine.sampling import Draw, draw_tokens
-from logprobs_server.engine.types import LogprobOptions, PositionLogprobs, SamplingOptions
+from logprobs_server.engine.types import LogprobOptions, SamplingOptions
 from serving import skip_without_kernels
 
 _R = TypeVar("_R")

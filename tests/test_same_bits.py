@@ -20,12 +20,13 @@ from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
 from logprobs_server.__main__ import parse
 from logprobs_server.engine.batch import Chunk
+from logprobs_server.engine.events import PositionLogprobs
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
 from logprobs_server.engine.lean import LeanModel
 from logprobs_server.engine.logprobs import position_logprobs
 from logprobs_server.engine.model.checkpoint import LoadOptions
 from logprobs_server.engine.model.loading import load_model
-from logprobs_server.engine.types import LogprobOptions, PositionLogprobs
+from logprobs_server.engine.types import LogprobOptions
 from serving import collected, given, serving, skip_without_kernels
 from tiny_models import save_tiny_model
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from logprobs_server.__main__ import parse
 from logprobs_server.app import load
 from logprobs_server.engine.engine import TorchEngine
-from logprobs_server.engine.types import CompletionDecoded, Event, JobFailed, JobFinished
+from logprobs_server.engine.events import CompletionDecoded, Event, JobFailed, JobFinished
 from logprobs_server.servicer import Ready
 
 from bench.exchange import Task, Told

@@ -10,17 +10,8 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from logprobs_server.engine.types import (
-    Engine,
-    EngineUnavailableError,
-    Event,
-    Job,
-    JobFailed,
-    JobFinished,
-    ModelDescription,
-    Sink,
-    Ticket,
-)
+from logprobs_server.engine.events import Event, JobFailed, JobFinished
+from logprobs_server.engine.types import Engine, EngineUnavailableError, Job, ModelDescription, Sink, Ticket
 from logprobs_server.errors import (
     EngineFailedError,
     InvalidRequestError,

@@ -8,17 +8,17 @@ from typing import TypeVar
 
 from logprobs.v1 import logprobs_pb2 as pb
 
-from logprobs_server.engine.types import (
+from logprobs_server.engine.events import (
     CompletionDecoded,
     CompletionFinished,
     DecodedToken,
     Event,
     FinishReason,
     JobStarted,
-    ModelDescription,
     PositionLogprobs,
     PromptScored,
 )
+from logprobs_server.engine.types import ModelDescription
 from logprobs_server.options import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLING, default_beam_search
 from logprobs_server.requests import GeneratePlan, GivenText, Limits
 from logprobs_server.text.vocabulary import Vocabulary

@@ -10,7 +10,7 @@ from google.rpc import code_pb2
 from logprobs.v1 import logprobs_pb2 as pb
 
 from logprobs_server.costs import FLOAT_BYTES
-from logprobs_server.engine.types import ContinuationScored, Event, JobStarted, PositionLogprobs
+from logprobs_server.engine.events import ContinuationScored, Event, JobStarted, PositionLogprobs
 from logprobs_server.errors import ServiceError
 from logprobs_server.messages import MessageBuilder, parts
 from logprobs_server.requests import ScorePlan

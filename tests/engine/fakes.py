@@ -16,19 +16,21 @@ from typing import Any
 import torch
 from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.engine import TorchEngine
-from logprobs_server.engine.kv_cache import BLOCK_SIZE
-from logprobs_server.engine.types import (
+from logprobs_server.engine.events import (
     CompletionDecoded,
     ContinuationScored,
     DecodedToken,
     Event,
-    GenerateJob,
-    Job,
     JobFailed,
     JobFinished,
+    PositionLogprobs,
+)
+from logprobs_server.engine.kv_cache import BLOCK_SIZE
+from logprobs_server.engine.types import (
+    GenerateJob,
+    Job,
     LogprobOptions,
     ModelDescription,
-    PositionLogprobs,
     SamplingOptions,
     StoppingOptions,
     Ticket,

@@ -11,17 +11,15 @@ from typing import Any
 import pytest
 from fakes import FakeModel, Listener, generate_job, running_engine
 from logprobs_server.engine.engine import TorchEngine
-from logprobs_server.engine.types import (
+from logprobs_server.engine.events import (
     CompletionDecoded,
     CompletionFinished,
     FinishReason,
-    GenerateJob,
     JobFinished,
     JobStarted,
-    LogprobOptions,
     PromptScored,
-    StoppingOptions,
 )
+from logprobs_server.engine.types import GenerateJob, LogprobOptions, StoppingOptions
 
 PROMPT = tuple(b"The horse raced past the barn")
 DEADLINE_S = 100.0

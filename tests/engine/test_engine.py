@@ -21,17 +21,13 @@ from fakes import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logprobs_server.engine.events import CompletionFinished, ContinuationScored, FinishReason, JobStarted, PromptScored
 from logprobs_server.engine.kv_cache import BLOCK_SIZE
 from logprobs_server.engine.types import (
-    CompletionFinished,
     Continuation,
-    ContinuationScored,
     EngineUnavailableError,
-    FinishReason,
     Job,
-    JobStarted,
     LogprobOptions,
-    PromptScored,
     ScoreJob,
     StoppingOptions,
 )

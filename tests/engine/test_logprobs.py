@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from logprobs_server.engine.events import PositionLogprobs
 from logprobs_server.engine.logprobs import _with_lowest_ids, log_sum_exp, position_logprobs, top_tokens
-from logprobs_server.engine.types import LogprobOptions, PositionLogprobs
+from logprobs_server.engine.types import LogprobOptions
 from torch import Tensor
 
 INF = math.inf

@@ -11,18 +11,16 @@ import pytest
 from fakes import EOS, ByteVocabulary, generate_job
 from hypothesis import given
 from hypothesis import strategies as st
+from logprobs_server.engine.events import CompletionFinished, FinishReason, JobStarted
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, BlockPool
 from logprobs_server.engine.scheduler import LEAST_PREFILL, Scheduler, SchedulerLimits, Work
 from logprobs_server.engine.sequences import JobState, Sequence
 from logprobs_server.engine.types import (
     BeamOptions,
-    CompletionFinished,
     Continuation,
     EarlyStopping,
-    FinishReason,
     GenerateJob,
     Job,
-    JobStarted,
     LogprobOptions,
     ScoreJob,
     Ticket,

@@ -15,7 +15,8 @@ from google.protobuf.duration_pb2 import Duration
 from harness import Served, Stream, ids, refusal, running
 from logprobs.stream import StreamAssembler
 from logprobs.v1 import logprobs_pb2 as pb
-from logprobs_server.engine.types import CompletionDecoded, Event, Job, Sink, Ticket
+from logprobs_server.engine.events import CompletionDecoded, Event
+from logprobs_server.engine.types import Job, Sink, Ticket
 from tiny_models import save_tiny_model
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from harness import Served, Stream, ids, running, uniform
 from logprobs.v1 import logprobs_pb2 as pb
-from logprobs_server.engine.types import CompletionFinished, Event, Job, Sink, Ticket
+from logprobs_server.engine.events import CompletionFinished, Event
+from logprobs_server.engine.types import Job, Sink, Ticket
 
 PROMPT = ids([72, 105, 81])
 SEED, DRAWS, TOLD = 7, 9, 3

@@ -12,7 +12,8 @@ import grpc
 import pytest
 from harness import SERVICE, Refusal, Served, answer, refusal, running, text, wait_until
 from logprobs.v1 import logprobs_pb2 as pb
-from logprobs_server.engine.types import Event, Job, JobFailed, JobStarted, Sink, Ticket
+from logprobs_server.engine.events import Event, JobFailed, JobStarted
+from logprobs_server.engine.types import Job, Sink, Ticket
 from logprobs_server.interceptor import _Call
 
 SECRET = "secret of the engine"

@@ -14,7 +14,8 @@ from harness import SERVICE, Served, ids, refusal, running, text, wait_until
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
 from logprobs_server import score_stream
-from logprobs_server.engine.types import Job, JobFailed, JobStarted, Sink, Ticket
+from logprobs_server.engine.events import JobFailed, JobStarted
+from logprobs_server.engine.types import Job, Sink, Ticket
 
 LIMIT = 65_536
 LONG = pb.ScoreRequest(context=text("ab"), continuations=[ids([i % 300] * 1500) for i in range(64)], totals_only=True)

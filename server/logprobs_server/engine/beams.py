@@ -12,17 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from logprobs_server.engine.completion import Completion
-from logprobs_server.engine.types import (
-    BeamOptions,
-    CompletionFinished,
-    EarlyStopping,
-    Event,
-    FinishReason,
-    GenerateJob,
-    PositionLogprobs,
-    TokenBytes,
-    length_normalized,
-)
+from logprobs_server.engine.events import CompletionFinished, Event, FinishReason, PositionLogprobs
+from logprobs_server.engine.types import BeamOptions, EarlyStopping, GenerateJob, TokenBytes, length_normalized
 from logprobs_server.text.completion import CompletionText
 
 __all__ = ["BeamRow", "BeamSearch"]

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import deque
 
 from logprobs_server.engine.adjustment import Adjustment, JobAdjustment
-from logprobs_server.engine.sampling import Draw
-from logprobs_server.engine.types import (
+from logprobs_server.engine.events import (
     CompletionDecoded,
     CompletionFinished,
     DecodedToken,
     Event,
     FinishReason,
-    GenerateJob,
     PositionLogprobs,
-    TokenBytes,
 )
+from logprobs_server.engine.sampling import Draw
+from logprobs_server.engine.types import GenerateJob, TokenBytes
 from logprobs_server.text.completion import CompletionText, Delta, PlacedToken
 
 __all__ = ["Completion"]

@@ -18,30 +18,24 @@ from torch import Tensor
 
 from logprobs_server.engine.batch import Chunk, Model
 from logprobs_server.engine.beams import BeamRow
-from logprobs_server.engine.kv_cache import BlockPool
-from logprobs_server.engine.logprobs import LARGEST, most_probable, position_logprobs
-from logprobs_server.engine.random import VocabularyNoise
-from logprobs_server.engine.sampling import DrawnToken, draw_tokens
-from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits, Work
-from logprobs_server.engine.sequences import JobState, Row, Sequence
-from logprobs_server.engine.transfer import sent
-from logprobs_server.engine.types import (
+from logprobs_server.engine.events import (
     CompletionFinished,
     ContinuationScored,
-    EngineUnavailableError,
     Event,
     FinishReason,
-    Job,
     JobFailed,
     JobFinished,
     JobStarted,
-    ModelDescription,
     PositionLogprobs,
     PromptScored,
-    Sink,
-    Ticket,
-    TokenBytes,
 )
+from logprobs_server.engine.kv_cache import BlockPool
+from logprobs_server.engine.random import VocabularyNoise
+from logprobs_server.engine.reduction import candidates_of, drawn_of, positions_of
+from logprobs_server.engine.sampling import DrawnToken
+from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits, Work
+from logprobs_server.engine.sequences import JobState, Row, Sequence
+from logprobs_server.engine.types import EngineUnavailableError, Job, ModelDescription, Sink, Ticket, TokenBytes
 
 __all__ = ["TorchEngine"]
 
@@ -50,8 +44,6 @@ _log = logging.getLogger(__name__)
 _SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 1 << 22, 1 << 25
 """Logits reduced at a time: 16 MiB in float32, few enough to stay small, enough rows to keep the head a product. A GPU
 has room for more, and its host waits for every slice."""
-_MOST_PROBABLE = DrawnToken(token_id=LARGEST, sampling_logprob=0.0, set_size=1)
-"""What a greedy draw gives that nothing touches: the logits need no other look for it."""
 _PREFILL_PER_DECODE = 2
 """A prompt's token costs a CPU what a decoded one does: this keeps a step below three times what it takes without."""
 
@@ -243,18 +235,9 @@ class TorchEngine:
         Args:
             logits: [rows, vocab] float32.
         """
-        draws = {i: row.draw for i, row in enumerate(rows) if row.draw is not None and not row.draw.takes_largest}
-        drawn = dict.fromkeys((i for i, row in enumerate(rows) if row.draw is not None), _MOST_PROBABLE)
-        if draws:
-            part = logits if len(draws) == len(rows) else logits[sent(list(draws), logits.device)]
-            drawn |= zip(draws, draw_tokens(part, list(draws.values()), self._noise), strict=True)
-        token_ids = [drawn[i].token_id if i in drawn else row.token_id for i, row in enumerate(rows)]
-        searching = [index for index, row in enumerate(rows) if row.candidates]
-        found = {}
-        if searching:
-            part = logits if len(searching) == len(rows) else logits[sent(searching, logits.device)]
-            found = dict(zip(searching, most_probable(part, max(row.candidates for row in rows)), strict=True))
-        positions = position_logprobs(logits, token_ids, [row.options for row in rows])
+        drawn = drawn_of(rows, logits, self._noise)
+        found = candidates_of(rows, logits)
+        positions = positions_of(rows, logits, drawn)
         for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
             job = row.sequence.job
             if job.ticket not in self._states:
@@ -267,10 +250,7 @@ class TorchEngine:
                 self._accept(row.sequence, position, drawn[index])
             elif index in found:
                 ids, logprobs, ranks = found[index]
-                most = row.candidates
-                beams[row.sequence] = BeamRow(
-                    position=position, token_ids=ids[:most], logprobs=logprobs[:most], ranks=ranks[:most]
-                )
+                beams[row.sequence] = BeamRow(position=position, token_ids=ids, logprobs=logprobs, ranks=ranks)
             else:
                 scored[row.sequence].append(position)
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from logprobs_server.engine import kernels
+from logprobs_server.engine.events import PositionLogprobs
 from logprobs_server.engine.transfer import fetched, sent
-from logprobs_server.engine.types import LogprobOptions, PositionLogprobs
+from logprobs_server.engine.types import LogprobOptions
 
 __all__ = ["LARGEST", "log_sum_exp", "most_probable", "position_logprobs", "top_tokens"]
 

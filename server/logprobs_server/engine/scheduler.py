@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 from logprobs_server.engine.beams import BeamSearch
 from logprobs_server.engine.completion import Completion
+from logprobs_server.engine.events import FinishReason, JobStarted
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
+from logprobs_server.engine.room import Room
 from logprobs_server.engine.sequences import JobState, Sequence
-from logprobs_server.engine.types import FinishReason, GenerateJob, JobStarted, TokenBytes
+from logprobs_server.engine.types import GenerateJob, TokenBytes
 
 __all__ = ["LEAST_PREFILL", "Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
 
@@ -69,6 +71,13 @@ class Scheduler:
         self._waiting: deque[JobState] = deque()
         self._jobs: list[JobState] = []
         self._sequences: list[Sequence] = []
+        self._room = Room(
+            pool,
+            self._jobs,
+            self._sequences,
+            max_sequences=limits.max_sequences,
+            context_length=limits.context_length,
+        )
 
     @property
     def num_waiting(self) -> int:
@@ -87,7 +96,7 @@ class Scheduler:
 
     def needs(self, job: JobState) -> int:
         """Blocks that one branch of the job, or all its beams, and its root hold together."""
-        return blocks_for(len(job.prefix)) + self._own_blocks(job)
+        return self._room.needs(job)
 
     def add(self, job: JobState) -> None:
         """Puts a job at the end of the queue."""
@@ -115,7 +124,7 @@ class Scheduler:
 
     def admit(self) -> None:
         """Lets jobs in while their root and one branch fit."""
-        while self._waiting and self._may_enter(job := self._waiting[0]):
+        while self._waiting and self._room.for_job(job := self._waiting[0], self._awaiting()):
             self._jobs.append(self._waiting.popleft())
             cached = self._start_root(job) if job.prefix else 0
             job.events.append(JobStarted(cached_token_count=cached))
@@ -126,9 +135,7 @@ class Scheduler:
         awaiting = self._awaiting()
         for place, job in enumerate(awaiting):
             ahead = awaiting[:place]
-            while (
-                job.awaits_branches and self._has_place(job, ahead) and self._own_blocks(job) <= self._num_free(ahead)
-            ):
+            while job.awaits_branches and self._room.for_branch(job, ahead):
                 started.append(self._start_branch(job))
         return started
 
@@ -222,69 +229,17 @@ class Scheduler:
         """Jobs that have entered and still have branches to start."""
         return [job for job in self._jobs if job.next_branch < job.branch_count]
 
-    def _may_enter(self, job: JobState) -> bool:
-        ahead = self._awaiting()
-        return (
-            self.needs(job) <= self._num_free(ahead)
-            and self._has_place(job, ahead)
-            and not any(self._computes_start(other.root, job) for other in ahead if other.root is not None)
-        )
-
-    def _computes_start(self, root: Sequence, job: JobState) -> bool:
-        """Whether a root will soon hold the first block of the job's prefix that the pool does not know yet."""
-        if root.num_pending == 0:
-            return False
-        stop = BLOCK_SIZE * (1 + len(self._found(job)[0]))
-        return stop <= BLOCK_SIZE * _num_findable(job) and root.token_ids[:stop] == list(job.prefix[:stop])
-
-    def _has_place(self, job: JobState, ahead: list[JobState]) -> bool:
-        """Whether one more sequence of the job may live, or all its beams, which keep their places from the start.
-
-        A computed root waits for its branches and takes no place; a root that is being computed has that of the first.
-
-        Args:
-            ahead: jobs whose branches to come are to find their places.
-        """
-        alive = sum(s.branch is not None or s.num_pending > 0 for s in self._sequences if not s.job.num_beams)
-        kept = sum(other.num_beams for other in self._jobs if other is not job)
-        to_come = sum(
-            other.branch_count - other.next_branch - (other.root is not None and other.root.num_pending > 0)
-            for other in ahead
-            if not other.num_beams
-        )
-        return alive + kept + to_come + max(job.num_beams, 1) <= self._limits.max_sequences
-
     @property
     def _num_prompts(self) -> int:
         """Prompts that completions wait for."""
         roots = [job.root for job in self._jobs if isinstance(job.job, GenerateJob)]
         return sum(root is not None and root.num_pending > 0 for root in roots)
 
-    def _num_free(self, ahead: list[JobState]) -> int:
-        """Blocks that nobody holds and that are kept neither for beams nor for the branches to come of those ahead."""
-        kept = sum(self._num_kept(job) for job in self._jobs if job.search is not None)
-        to_come = sum((job.branch_count - job.next_branch) * self._own_blocks(job) for job in ahead)
-        return self._pool.num_free - kept - to_come
-
-    def _num_kept(self, job: JobState) -> int:
-        """Blocks that the beams of a job may still come to hold."""
-        shared = len(job.prefix) // BLOCK_SIZE
-        return self._own_blocks(job) - len({block for beam in job.branches for block in beam.blocks[shared:]})
-
-    def _own_blocks(self, job: JobState) -> int:
-        """Blocks that one branch, or all beams, hold besides those shared with the root."""
-        own = blocks_for(job.most_tokens(self._limits.context_length)) - len(job.prefix) // BLOCK_SIZE
-        return own * max(job.num_beams, 1)
-
-    def _found(self, job: JobState) -> tuple[list[int], int]:
-        """Known blocks that a job's root can start with, and what stands for all they hold."""
-        return self._pool.find(job.prefix, _num_findable(job))
-
     def _start_root(self, job: JobState) -> int:
         """Starts a job's root; returns how many of its tokens are computed already."""
         options = job.job.prompt_logprobs if isinstance(job.job, GenerateJob) else None
         prefix = list(job.prefix)
-        found, chain = self._found(job)
+        found, chain = self._room.found(job)
         self._pool.share(found)
         blocks = found + self._pool.allocate(blocks_for(len(prefix)) - len(found))
         root = Sequence(job, None, prefix, blocks, computed=len(found) * BLOCK_SIZE, goal=len(prefix))
@@ -300,7 +255,7 @@ class Scheduler:
         shared = job.root.blocks[: len(job.prefix) // BLOCK_SIZE] if job.root else []
         self._pool.share(shared)
         partial = len(job.prefix) % BLOCK_SIZE > 0
-        own = self._pool.allocate(int(partial) if job.num_beams else self._own_blocks(job))
+        own = self._pool.allocate(int(partial) if job.num_beams else self._room.own_blocks(job))
         copied = None
         if job.root is not None and partial:
             copied = (job.root.blocks[len(shared)], own[0])
@@ -336,14 +291,6 @@ class Scheduler:
         assert job.job.beams is not None
         completions = [self._completion(job, index) for index in range(job.num_beams)]
         return BeamSearch(job.job, job.job.beams, completions, self._eos)
-
-
-def _num_findable(job: JobState) -> int:
-    """Full blocks that a job's root need not compute if they are known. It computes the last token, because branches
-    start from its hidden state, and all that are reported."""
-    if isinstance(job.job, GenerateJob) and job.job.prompt_logprobs is not None:
-        return 0
-    return max(0, len(job.prefix) - 1) // BLOCK_SIZE
 
 
 def _all_of(sequence: Sequence) -> Work:

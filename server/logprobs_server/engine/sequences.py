@@ -14,8 +14,9 @@ from typing import Any
 from logprobs_server.engine.adjustment import JobAdjustment
 from logprobs_server.engine.beams import BeamSearch
 from logprobs_server.engine.completion import Completion
+from logprobs_server.engine.events import Event
 from logprobs_server.engine.sampling import Draw
-from logprobs_server.engine.types import Continuation, Event, GenerateJob, LogprobOptions, ScoreJob, Ticket
+from logprobs_server.engine.types import Continuation, GenerateJob, LogprobOptions, ScoreJob, Ticket
 
 __all__ = ["JobState", "Row", "Sequence"]
 
