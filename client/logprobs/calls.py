@@ -7,18 +7,18 @@ were whole, however it is read.
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 
 from logprobs.errors import CallError, IncompleteStreamError, InconsistentStreamError, RequestCancelledError
 from logprobs.generation import Generation
+from logprobs.reading import AsyncReading, Reading, this_task_is_cancelled
 from logprobs.status import call_error
 from logprobs.stream import StreamAssembler
 from logprobs.v1 import logprobs_pb2 as pb
 
-__all__ = ["AsyncGenerateStream", "GenerateStream", "this_task_is_cancelled"]
+__all__ = ["AsyncGenerateStream", "GenerateStream"]
 
 
 class _Stream:
@@ -33,15 +33,11 @@ class _Stream:
         """What has been read so far."""
         return self._assembler.generation
 
-    def cancel(self) -> None:
-        """Ends the call; the server frees its place. After the stream's end it does nothing."""
-        self._call.cancel()
-
     def _take(self, event: pb.GenerateResponse) -> pb.GenerateResponse:
         try:
             self._assembler.push(event)
         except InconsistentStreamError:
-            self.cancel()
+            self._call.cancel()
             raise
         return event
 
@@ -53,16 +49,13 @@ class _Stream:
         return IncompleteStreamError(f"the stream broke: {cause}", arrived, cause)
 
 
-class GenerateStream(_Stream):
+class GenerateStream(_Stream, Reading[pb.GenerateResponse]):
     """The events of a Generate call, in order, as they arrive. As a context manager it cancels the call when left.
 
     Raises, while read:
         CallError: the call failed before anything arrived.
         IncompleteStreamError: it failed, or was cancelled, later; InconsistentStreamError: it broke the contract.
     """
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> pb.GenerateResponse:
         try:
@@ -79,24 +72,13 @@ class GenerateStream(_Stream):
             pass
         return self._assembler.finish()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.cancel()
-
-
-class AsyncGenerateStream(_Stream):
+class AsyncGenerateStream(_Stream, AsyncReading[pb.GenerateResponse]):
     """The same for asyncio. That its call was cancelled raises as above, that the waiting task was, CancelledError."""
 
     def __init__(self, call: Any) -> None:
         super().__init__(call)
         self._events = call.__aiter__()
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> pb.GenerateResponse:
         try:
@@ -116,17 +98,3 @@ class AsyncGenerateStream(_Stream):
         async for _ in self:
             pass
         return self._assembler.finish()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.cancel()
-
-
-def this_task_is_cancelled() -> bool:
-    """gRPC raises CancelledError for a call that was cancelled, too; it is no end of the task that reads it."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 
-from logprobs.calls import this_task_is_cancelled
 from logprobs.errors import BrokenScoreStreamError, RequestCancelledError
+from logprobs.reading import AsyncReading, Reading, this_task_is_cancelled
 from logprobs.scoring import ScoreAssembler, StreamedScore
 from logprobs.status import call_error
 from logprobs.v1 import logprobs_pb2 as pb
@@ -51,7 +50,7 @@ class _Stream:
         self._assembler.finish()
 
 
-class ScoreStream(_Stream):
+class ScoreStream(_Stream, Reading[StreamedScore]):
     """The results of a ScoreStream call, in the order they come. As a context manager it cancels the call when left.
 
     Raises, while read:
@@ -66,17 +65,13 @@ class ScoreStream(_Stream):
         self._call = method(self._sent(requests), **settings)
 
     def cancel(self) -> None:
-        """Ends the call; the server frees its places. After the stream's end it does nothing."""
         self._leave()
-        self._call.cancel()
+        super().cancel()
 
     def _leave(self) -> None:
         """Lets go of the thread that waits to send another request."""
         self._left = True
         self._room.release()
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> StreamedScore:
         try:
@@ -93,14 +88,6 @@ class ScoreStream(_Stream):
             self._leave()
             raise call_error(error) from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.cancel()
-
     def _sent(self, requests: Iterable[Any]) -> Iterator[pb.ScoreStreamRequest]:
         """Runs on a thread of gRPC's, where nobody would hear what is raised."""
         try:
@@ -113,7 +100,7 @@ class ScoreStream(_Stream):
             self._failure = error
 
 
-class AsyncScoreStream(_Stream):
+class AsyncScoreStream(_Stream, AsyncReading[StreamedScore]):
     """The same for asyncio; requests may come from an asynchronous iterable, too."""
 
     def __init__(
@@ -128,13 +115,6 @@ class AsyncScoreStream(_Stream):
         self._room = asyncio.Semaphore(max_in_flight)
         self._call = method(self._sent(requests), **settings)
         self._messages = self._call.__aiter__()
-
-    def cancel(self) -> None:
-        """Ends the call; the server frees its places. After the stream's end it does nothing."""
-        self._call.cancel()
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> StreamedScore:
         try:
@@ -152,14 +132,6 @@ class AsyncScoreStream(_Stream):
             if this_task_is_cancelled():
                 raise
             raise RequestCancelledError("cancelled by the client", status="CANCELLED") from None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.cancel()
 
     async def _sent(self, requests: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[pb.ScoreStreamRequest]:
         try:
