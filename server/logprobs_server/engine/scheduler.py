@@ -22,7 +22,7 @@ from logprobs_server.engine.types import GenerateJob, TokenBytes
 
 __all__ = ["LEAST_PREFILL", "Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
 
-LEAST_PREFILL = 40
+LEAST_PREFILL = 32
 """Prompt tokens computed in a step beside decoding sequences: fewer would not pay for reading the weights."""
 
 
