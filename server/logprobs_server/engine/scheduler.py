@@ -33,8 +33,8 @@ class SchedulerLimits:
     max_sequences: sequences alive at once.
     max_step_tokens: tokens computed in a step; every decoding sequence gets its token, prefill shares the rest.
     prefill_per_decode: prompt tokens that a step computes at most for each decoding sequence in it, so that those are
-        not held up, but `LEAST_PREFILL` in any case, and that many times the prompts that wait for a first token
-        for each sequence that waits for its next, so that nobody waits for few; None: as many as fit the step.
+        not held up; None: as many as fit the step. `LEAST_PREFILL` are always computed, and where more prompts wait
+        than sequences decode as many times more, so that the many do not wait for the few.
     """
 
     max_sequences: int
