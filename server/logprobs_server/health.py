@@ -49,12 +49,12 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
         """The status now, and whenever it changes."""
         told = None
         while True:
-            changed = self._changed
+            changed, closed = self._changed, self._closed
             status = self._status if request.service in self._names else _SERVICE_UNKNOWN
             if status != told:
                 told = status
                 yield health_pb2.HealthCheckResponse(status=status)
-            if self._closed:
+            if closed:
                 return
             await changed.wait()
 

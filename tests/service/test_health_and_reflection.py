@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from harness import SERVICE, Served, answer, refusal, running, text
 from logprobs.v1 import logprobs_pb2 as pb
+from logprobs_server.health import Health
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 NAMES = ["", SERVICE]
@@ -76,6 +78,18 @@ def test_who_watches_health_does_not_hold_up_the_end(tiny_folder: Path) -> None:
         assert next(statuses) == SERVING
         served.stop()
         assert list(statuses) == [NOT_SERVING]
+
+
+def test_a_watcher_still_sending_when_the_server_closes_is_told_the_last_status() -> None:
+    async def statuses() -> list[Any]:
+        health_servicer = Health(SERVICE)
+        health_servicer.serving()
+        watch = health_servicer.Watch(health_pb2.HealthCheckRequest(service=SERVICE), None)
+        first = await anext(watch)
+        health_servicer.close()  # before the watch comes back from sending the first
+        return [first.status, *[response.status async for response in watch]]
+
+    assert asyncio.run(statuses()) == [SERVING, NOT_SERVING]
 
 
 def test_a_service_nobody_knows_has_no_health(tiny: Served) -> None:
