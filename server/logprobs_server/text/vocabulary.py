@@ -23,6 +23,10 @@ __all__ = ["Encoding", "PairEncoding", "Ranges", "UnsupportedTokenizerError", "V
 Ranges = tuple[tuple[int, int], ...]
 """Parts of a text, in characters: each from the first number up to the second."""
 
+_LONG_TEXT = 16 << 10
+"""Characters from which on a text is tokenised while other threads run, which gives the interpreter away and takes it
+back. A shorter one holds them up for some milliseconds at most; 4 MiB held up all streams for 3 to 30 s."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
@@ -139,7 +143,7 @@ class Vocabulary:
 
     def _sections(self, text: str, plain: Ranges) -> Iterator[tuple[tokenizers.Tokenizer, str]]:
         """The text in parts to be tokenised one by one, as tokenizers do with what is between special tokens."""
-        found = self._tokenizer.encode(text, add_special_tokens=False)
+        found = _encoded(self._tokenizer, text, False)
         own = [ends for i, ends in zip(found.ids, found.offsets, strict=True) if i in self._special]
         special = [ends for ends in own if not _overlaps(ends, plain)]
         starts, stops = [start for start, _ in special], [stop for _, stop in special]
@@ -161,7 +165,7 @@ class Vocabulary:
         return tokenizer
 
     def _encode(self, tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> Encoding:
-        encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        encoding = _encoded(tokenizer, text, add_special_tokens)
         ids, around = encoding.ids, encoding.special_tokens_mask
         pieces = [b"" if added else self._spellings[i] for i, added in zip(ids, around, strict=True)]
         if self._unknown_id in ids:
@@ -214,6 +218,14 @@ class Vocabulary:
         normalizer = self._tokenizer.normalizer
         seen = text if normalizer is None else normalizer.normalize_str(text)
         return not seen.startswith(self._starts_without_space)
+
+
+def _encoded(tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+    """What the tokenizer makes of a text; of its two methods only that for batches lets other threads run."""
+    if len(text) < _LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    [encoding] = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+    return encoding
 
 
 def _spellings(content: Json, spell: Spell, size: int) -> list[bytes]:
