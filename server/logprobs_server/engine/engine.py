@@ -41,8 +41,8 @@ __all__ = ["TorchEngine"]
 
 _log = logging.getLogger(__name__)
 
-_SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 1 << 22, 1 << 25
-"""Logits reduced at a time: 16 MiB in float32, few enough to stay small, enough rows to keep the head a product. A GPU
+_SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 6 << 20, 1 << 25
+"""Logits reduced at a time: 24 MiB in float32, few enough to stay small, enough rows to keep the head a product. A GPU
 has room for more, and its host waits for every slice."""
 _PREFILL_PER_DECODE = 2
 """A prompt's token costs a CPU what a decoded one does: a step then takes about three times what it takes without."""

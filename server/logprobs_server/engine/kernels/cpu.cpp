@@ -90,14 +90,18 @@ class Layers {
     });
   }
 
-  // out [rows, vocab] of hidden [rows, hidden].
+  // out [rows, vocab], at the start of a cache line, of hidden [rows, hidden].
   void logits(const float* hidden, int64_t rows, float* out) {
     room_.restart();
     T* normed = room_.take<T>(rows * shape_.hidden);
     Team& team = Team::get();
     team.run([&] {
       norm(team, hidden, rows, final_norm_, normed);
-      product(team, normed, rows, shape_.hidden, head_, put(out, shape_.vocab));
+      if (shape_.vocab % kLanes == 0)
+        product(team, normed, rows, shape_.hidden, head_, stream(out, shape_.vocab));
+      else
+        product(team, normed, rows, shape_.hidden, head_, put(out, shape_.vocab));
+      _mm_sfence();
     });
   }
 
@@ -136,6 +140,16 @@ class Layers {
       }
       store(to, left, first);
       if (second != 0) store(to + kLanes, right, second);
+    };
+  }
+
+  // Puts a product's sums into out[rows, width], a whole number of cache lines, past the caches: many rows do not fit,
+  // and to fetch lines only to overwrite them costs a tenth of the product. Whoever does so must fence.
+  static auto stream(float* out, int64_t width) {
+    return [out, width](int64_t row, int64_t block, __m512 left, __m512 right) {
+      float* to = out + row * width + block * kColumns;
+      _mm512_stream_ps(to, left);
+      if (block * kColumns + kLanes < width) _mm512_stream_ps(to + kLanes, right);
     };
   }
 

@@ -126,12 +126,15 @@ void norm_row(const float* x, int64_t size, const Norm& how, T* out, bool add = 
 
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
 
-inline __m512 activated(__m512 x, int64_t kind) {
+// In the loop of whoever calls it: as a function it cost 3 % of a scoring step.
+[[gnu::always_inline]] inline __m512 silu(__m512 x) {
+  const __m512 negative = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(88.0f));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(negative)));
+}
+
+inline __m512 gelu_or_relu(__m512 x, int64_t kind) {
   const Vec v(x), half(0.5f), one(1.0f);
   switch (kind) {
-    case kSilu:
-      return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x),
-                                                                           _mm512_set1_ps(88.0f)))));
     case kGeluTanh:
       return half * v * (one + (Vec(0.7978845608028654f) * (v + Vec(0.044715f) * v * v * v)).tanh());
     case kGelu:
@@ -139,6 +142,10 @@ inline __m512 activated(__m512 x, int64_t kind) {
     default:
       return at::vec::maximum(v, Vec(0.0f));
   }
+}
+
+[[gnu::always_inline]] inline __m512 activated(__m512 x, int64_t kind) {
+  return kind == kSilu ? silu(x) : gelu_or_relu(x, kind);
 }
 
 // Turns the first `rotary` dimensions: x1 cos - x2 sin, x2 cos + x1 sin. turn: [rotary] of the position, cosines first.
