@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -55,6 +56,7 @@ async def serve(config: Config) -> int:
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
+                gc.freeze()  # what is loaded stays; to look through it again and again would stop all streams for 0.1 s
                 print(f"serving {loading.result()} on {config.host}:{server.port}", flush=True)
                 await stopping
             _log.info("stopping")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import TypeVar
 
 from logprobs.v1 import logprobs_pb2 as pb
@@ -25,7 +26,7 @@ from logprobs_server.text.vocabulary import Vocabulary
 
 __all__ = ["GenerateMessages", "MessageBuilder", "parts"]
 
-_M = TypeVar("_M", pb.Token, pb.CompletionDelta)
+_M = TypeVar("_M", pb.Token, pb.GenerateResponse)
 _REASONS = {
     FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
     FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
@@ -93,8 +94,10 @@ class MessageBuilder:
 
     def tokenized(self, text: GivenText) -> pb.TokenizeResponse:
         """Tokens of an input, without logprobs."""
-        tokens = [self.given_token(text, index, None, ()) for index in range(len(text.token_ids))]
-        return pb.TokenizeResponse(tokens=tokens, text_changed=text.text_changed)
+        response = pb.TokenizeResponse(text_changed=text.text_changed)
+        for index in range(len(text.token_ids)):
+            self.given_token(response.tokens.add(), text, index, None, ())
+        return response
 
     def detokenized(self, token_ids: Sequence[int], keep_special: bool) -> pb.DetokenizeResponse:
         """The text of some tokens."""
@@ -103,57 +106,60 @@ class MessageBuilder:
         return pb.DetokenizeResponse(bytes=joined, text=joined.decode("utf-8", "replace"))
 
     def given_token(
-        self, text: GivenText, index: int, position: PositionLogprobs | None, named_ids: Sequence[int]
+        self,
+        token: pb.Token,
+        text: GivenText,
+        index: int,
+        position: PositionLogprobs | None,
+        named_ids: Sequence[int],
     ) -> pb.Token:
-        """A token the caller gave; without a position nothing precedes it."""
-        token = self._token(position or PositionLogprobs(token_id=text.token_ids[index]), named_ids)
+        """Makes an empty token one that the caller gave; without a position nothing precedes it. Returns it."""
+        self._fill(token, position or PositionLogprobs(token_id=text.token_ids[index]), named_ids)
         token.bytes = text.pieces[index]
         token.byte_offset = text.byte_offsets[index]
         token.code_point_offset = text.code_point_offsets[index]
         return token
 
-    def drawn_token(self, drawn: DecodedToken, named_ids: Sequence[int]) -> pb.Token:
-        """A token that was generated."""
-        token = self._token(drawn.position, named_ids)
+    def drawn_token(self, token: pb.Token, drawn: DecodedToken, named_ids: Sequence[int]) -> None:
+        """Makes an empty token one that was generated."""
+        self._fill(token, drawn.position, named_ids)
         token.bytes = drawn.bytes
         token.sampling_logprob = drawn.sampling_logprob
         token.sampling_set_size = drawn.sampling_set_size
         token.byte_offset = drawn.byte_offset
         token.code_point_offset = drawn.code_point_offset
         token.trimmed = drawn.trimmed
-        return token
 
-    def next_token(self, position: PositionLogprobs, named_ids: Sequence[int]) -> pb.NextToken:
-        """The distribution of a token that nobody chose, but for `NextToken.logprobs`."""
-        return pb.NextToken(
-            top=self._alternatives(position.top_ids, position.top_logprobs),
-            named=self._alternatives(named_ids, position.named_logprobs),
-            tail_logprob=position.tail_logprob,
-            entropy=position.entropy,
-        )
+    def next_token(self, token: pb.NextToken, position: PositionLogprobs, named_ids: Sequence[int]) -> None:
+        """Makes an empty one tell the distribution of a token that nobody chose, but for `NextToken.logprobs`."""
+        self._tell_distribution(token, position, named_ids)
 
-    def _token(self, position: PositionLogprobs, named_ids: Sequence[int]) -> pb.Token:
+    def _fill(self, token: pb.Token, position: PositionLogprobs, named_ids: Sequence[int]) -> None:
         token_id = position.token_id
         assert token_id is not None
-        return pb.Token(
-            id=token_id,
-            special=self._vocabulary.is_special(token_id),
-            special_name=self._spelling(token_id)[1],
-            logprob=position.logprob,
-            rank=position.rank,
-            top=self._alternatives(position.top_ids, position.top_logprobs),
-            named=self._alternatives(named_ids, position.named_logprobs),
-            tail_logprob=position.tail_logprob,
-            entropy=position.entropy,
-        )
+        token.id = token_id
+        token.special = self._vocabulary.is_special(token_id)
+        token.special_name = self._spelling(token_id)[1]
+        if position.logprob is not None and position.rank is not None:
+            token.logprob, token.rank = position.logprob, position.rank
+        self._tell_distribution(token, position, named_ids)
 
-    def _alternatives(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> list[pb.Alternative]:
-        """Alternatives; none where there is no distribution, whatever was named."""
-        found = []
-        for token_id, logprob in zip(token_ids, logprobs, strict=False):
-            spelling, name = self._spelling(token_id)
-            found.append(pb.Alternative(id=token_id, bytes=spelling, logprob=logprob, special_name=name))
-        return found
+    def _tell_distribution(
+        self, to: pb.Token | pb.NextToken, position: PositionLogprobs, named_ids: Sequence[int]
+    ) -> None:
+        """Everything is written where it stays: a message put into another is encoded and decoded to get there."""
+        # Where there is no distribution there are no logprobs, whatever was named.
+        for add, ids, logprobs in (
+            (to.top.add, position.top_ids, position.top_logprobs),
+            (to.named.add, named_ids, position.named_logprobs),
+        ):
+            for token_id, logprob in zip(ids, logprobs, strict=False):
+                spelling, name = self._spelling(token_id)
+                add(id=token_id, bytes=spelling, logprob=logprob, special_name=name)
+        if position.tail_logprob is not None:
+            to.tail_logprob = position.tail_logprob
+        if position.entropy is not None:
+            to.entropy = position.entropy
 
 
 class GenerateMessages:
@@ -223,30 +229,40 @@ class GenerateMessages:
         assert options is not None
         first, self._prompt_told = self._prompt_told, self._prompt_told + len(positions)
         tokens = [
-            self._builder.given_token(text, first + i, position, options.token_ids)
+            self._builder.given_token(pb.Token(), text, first + i, position, options.token_ids)
             for i, position in enumerate(positions)
         ]
         for part in parts(tokens, self._builder.response_bytes):
             yield pb.GenerateResponse(prompt_scored=pb.PromptScored(tokens=part, text_changed=text.text_changed))
 
     def _decoded(self, events: Sequence[CompletionDecoded]) -> Iterator[pb.GenerateResponse]:
-        pieces = [piece for event in events for piece in self._pieces(event)]
-        for part in parts(pieces, self._builder.response_bytes):
-            deltas: dict[int, pb.CompletionDelta] = {}
-            for piece in part:
-                delta = deltas.setdefault(piece.completion, piece)
-                if delta is not piece:
-                    delta.text += piece.text
-                    delta.tokens.MergeFrom(piece.tokens)
-            yield pb.GenerateResponse(decoded=pb.TokensDecoded(deltas=deltas.values()))
+        pieces = (piece for event in events for piece in self._pieces(event))
+        for response, *others in parts(pieces, self._builder.response_bytes):
+            deltas = {delta.completion: delta for delta in response.decoded.deltas}
+            for delta in chain.from_iterable(other.decoded.deltas for other in others):
+                if delta.completion in deltas:
+                    deltas[delta.completion].text += delta.text
+                    deltas[delta.completion].tokens.MergeFrom(delta.tokens)
+                else:
+                    deltas[delta.completion] = response.decoded.deltas.add()
+                    deltas[delta.completion].CopyFrom(delta)
+            yield response
 
-    def _pieces(self, event: CompletionDecoded) -> Iterator[pb.CompletionDelta]:
-        """What became certain as deltas of at most one token each; the last has the text."""
+    def _pieces(self, event: CompletionDecoded) -> Iterator[pb.GenerateResponse]:
+        """What became certain in messages of at most one token each; the last has the text."""
         named = self._plan.job.logprobs.token_ids
-        tokens = [self._builder.drawn_token(token, named) for token in event.tokens]
-        for token in tokens[:-1]:
-            yield pb.CompletionDelta(completion=event.index, tokens=[token])
-        yield pb.CompletionDelta(completion=event.index, tokens=tokens[-1:], text=event.text)
+        for token in event.tokens[:-1]:
+            yield self._piece(event.index, token, named)
+        last = self._piece(event.index, event.tokens[-1] if event.tokens else None, named)
+        last.decoded.deltas[0].text = event.text
+        yield last
+
+    def _piece(self, completion: int, token: DecodedToken | None, named: Sequence[int]) -> pb.GenerateResponse:
+        response = pb.GenerateResponse()
+        delta = response.decoded.deltas.add(completion=completion)
+        if token is not None:
+            self._builder.drawn_token(delta.tokens.add(), token, named)
+        return response
 
     def _finish(self, event: CompletionFinished) -> pb.GenerateResponse:
         finished = pb.CompletionFinished(completion=event.index, reason=_REASONS[event.reason], totals=_totals(event))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from google.rpc import code_pb2
 from logprobs.v1 import logprobs_pb2 as pb
@@ -37,17 +37,11 @@ class ScoreMessages:
         elif isinstance(event, JobStarted):
             self._cached += event.cached_token_count
 
-    def response(self, *, whole: bool = True) -> pb.ScoreResponse:
-        """The answer once all jobs have finished; all of it, or without what parts tell."""
-        plan = self._plan
-        return pb.ScoreResponse(
-            sequences=[self._sequence(index, whole) for index in range(len(plan.texts))],
-            model=self._builder.identity(),
-            usage=pb.Usage(
-                input_token_count=plan.input_token_count,
-                cached_token_count=min(self._cached, plan.input_token_count),
-            ),
-        )
+    def response(self) -> pb.ScoreResponse:
+        """The answer once all jobs have finished."""
+        response = pb.ScoreResponse()
+        self._fill(response, whole=True)
+        return response
 
     def streamed(self, item_id: str) -> Iterator[pb.ScoreStreamResponse]:
         """The answer as a stream tells it, in parts if it could be too large; each is built when it is asked for."""
@@ -55,11 +49,21 @@ class ScoreMessages:
             for index in range(len(self._plan.texts)):
                 for part in self._sequence_parts(index):
                     yield pb.ScoreStreamResponse(id=item_id, part=part)
-        yield pb.ScoreStreamResponse(id=item_id, response=self.response(whole=not self._plan.in_parts))
+        last = pb.ScoreStreamResponse(id=item_id)
+        self._fill(last.response, whole=not self._plan.in_parts)
+        yield last
+
+    def _fill(self, response: pb.ScoreResponse, *, whole: bool) -> None:
+        """Writes all of the answer into an empty message, or what parts do not tell."""
+        for index in range(len(self._plan.texts)):
+            self._fill_sequence(response.sequences.add(), index, whole)
+        response.model.CopyFrom(self._builder.identity())
+        response.usage.input_token_count = self._plan.input_token_count
+        response.usage.cached_token_count = min(self._cached, self._plan.input_token_count)
 
     def _sequence_parts(self, index: int) -> Iterator[pb.ScorePart]:
         limit = self._builder.response_bytes
-        for tokens in parts(self._tokens(index), limit):
+        for tokens in parts(self._tokens(index, pb.Token), limit):
             yield pb.ScorePart(sequence=index, tokens=tokens)
         following = self._following(index)
         if following is not None:
@@ -67,24 +71,25 @@ class ScoreMessages:
             for start in range(0, len(logprobs), step):
                 yield pb.ScorePart(sequence=index, next_logprobs=logprobs[start : start + step])
 
-    def _sequence(self, index: int, whole: bool) -> pb.ScoredSequence:
+    def _fill_sequence(self, sequence: pb.ScoredSequence, index: int, whole: bool) -> None:
         text, positions, following = self._plan.texts[index], self._positions(index), self._following(index)
-        logprob = _total(positions)
-        sequence = pb.ScoredSequence(
-            tokens=self._tokens(index) if whole else (),
-            totals=pb.Totals(token_count=len(positions), byte_count=text.byte_count, logprob=logprob),
-            greedy=all(position.greedy for position in positions),
-            pmi=self._pmi(index, logprob),
-            context_token_count=text.first,
-            text_changed=text.text_changed,
-        )
+        logprob, pmi = _total(positions), self._pmi(index, _total(positions))
+        if whole:
+            list(self._tokens(index, sequence.tokens.add))
+        sequence.totals.token_count, sequence.totals.byte_count = len(positions), text.byte_count
+        sequence.totals.logprob = logprob
+        sequence.greedy = all(position.greedy for position in positions)
+        if pmi is not None:
+            sequence.pmi = pmi
+        sequence.context_token_count = text.first
+        sequence.text_changed = text.text_changed
         if following is not None:
-            sequence.next.CopyFrom(self._builder.next_token(following, self._plan.logprobs.token_ids))
+            sequence.next.SetInParent()
+            self._builder.next_token(sequence.next, following, self._plan.logprobs.token_ids)
             sequence.next.logprobs.extend(following.all_logprobs if whole else ())
-        return sequence
 
-    def _tokens(self, index: int) -> Iterator[pb.Token]:
-        """The tokens that are told."""
+    def _tokens(self, index: int, new: Callable[[], pb.Token]) -> Iterator[pb.Token]:
+        """The tokens that are told, each written into a new one."""
         if self._plan.totals_only:
             return
         text, positions = self._plan.texts[index], self._positions(index)
@@ -92,7 +97,7 @@ class ScoreMessages:
         assert unscored == (1 if text.first == 0 and text.token_ids else 0)
         for i in range(len(text.token_ids)):
             position = positions[i - unscored] if i >= unscored else None
-            yield self._builder.given_token(text, i, position, self._plan.logprobs.token_ids)
+            yield self._builder.given_token(new(), text, i, position, self._plan.logprobs.token_ids)
 
     def _positions(self, index: int) -> list[PositionLogprobs]:
         return [position for place in self._plan.own.places[index] for position in self._scored[place]]
