@@ -88,6 +88,11 @@ def test_every_number_of_a_token_and_of_totals_is_explained() -> None:
     assert numbers | {"byte_offset", "code_point_offset", "totals", "greedy", "pmi", "seed", "value"} <= explained
 
 
+def test_every_criterion_of_a_ranking_is_explained() -> None:
+    criteria = {name.removeprefix("RANKING_CRITERION_") for name in pb.RankingCriterion.keys()} - {"UNSPECIFIED"}
+    assert criteria <= set(re.findall(r"`([A-Z_]+)`", NUMBERS))
+
+
 def test_the_fields_that_others_are_mapped_to_exist() -> None:
     known = {name for message in pb.DESCRIPTOR.message_types_by_name.values() for name in message.fields_by_name}
     known |= {value.name for enum in pb.DESCRIPTOR.enum_types_by_name.values() for value in enum.values}

@@ -25,7 +25,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 _LONG_TEXT = 16 << 10
 """Characters from which on a text is tokenised while other threads run, which gives the interpreter away and takes it
-back. A shorter one holds them up for some milliseconds at most; 4 MiB held up all streams for 3 to 30 s."""
+back. A shorter one holds them up for some milliseconds at most; 4 MiB held up all streams for 3 s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
