@@ -32,6 +32,7 @@ __all__ = [
     "show_tokens",
 ]
 
+_MEAN = "mean_logprob"
 _LISTS = ("most probable", "named")
 _UNBOUNDED = 1 << 16
 """Columns of what is no terminal: files and pipes get whole lines."""
@@ -90,11 +91,19 @@ def show_generation_live(console: Console, stream: GenerateStream) -> Generation
 
 
 def show_ranking(console: Console, generation: Generation) -> None:
-    """A line per completion drawn, best first; text only of those whose tokens were sent."""
+    """A line per completion drawn, best first: what ranked it, the mean beside another criterion, its length and seed;
+    text only of those whose tokens were sent."""
+    ranking = generation.ranking
+    assert ranking is not None, "completions that nobody compared"
     sent = {completion.index: completion for completion in generation.completions}
-    for place, (index, totals) in enumerate(_places(generation), 1):
-        line = Text(f"{place:>3}. ") + _mean(totals) + Text(f" {_summary(totals, index, generation)}  ", style="dim")
-        completion = sent.get(index)
+    criterion = _criterion(ranking.criterion)
+    columns = list(dict.fromkeys((criterion, _MEAN)))
+    console.print(Text("     " + "  ".join(columns), style="dim"), soft_wrap=True)
+    for place, one in enumerate(ranking.completions, 1):
+        values = {_MEAN: mean_logprob(one.totals), criterion: one.value if one.totals.token_count else None}
+        line = Text(f"{place:>3}. ") + Text("  ").join(_value(values[name], name, one.totals) for name in columns)
+        line += Text(f" {_summary(one.totals, one.completion, generation)}  ", style="dim")
+        completion = sent.get(one.completion)
         line += Text("(not sent)", style="dim") if completion is None else _text_of(completion)
         console.print(line, soft_wrap=True)
 
@@ -178,16 +187,16 @@ def _changed(text_changed: bool) -> str:
     return " · the tokenizer changed the text" if text_changed else ""
 
 
-def _places(generation: Generation) -> Iterator[tuple[int, pb.Totals]]:
-    if generation.ranking is None:
-        yield from ((completion.index, completion.totals) for completion in generation.completions)
-    else:
-        yield from ((place.completion, place.totals) for place in generation.ranking.completions)
+def _criterion(number: int) -> str:
+    """What the contract calls it; of one that came later, its number."""
+    known = pb.RankingCriterion.DESCRIPTOR.values_by_number.get(number)
+    return known.name.removeprefix("RANKING_CRITERION_").lower() if known else f"criterion {number}"
 
 
-def _mean(totals: pb.Totals) -> Text:
-    mean = mean_logprob(totals)
-    return Text("     none" if mean is None else f"{mean:>9.4f}", style=style_of(mean))
+def _value(value: float | None, name: str, totals: pb.Totals) -> Text:
+    """As wide as its name, coloured by the mean logprob."""
+    shown = "none" if value is None else f"{value:.4f}"
+    return Text(f"{shown:>{len(name)}}", style=style_of(mean_logprob(totals)))
 
 
 def _summary(totals: pb.Totals, index: int, generation: Generation) -> str:

@@ -81,7 +81,9 @@ def test_generate_prints_several_completions_best_first(cli: Cli) -> None:
     cli.server.events = EVENTS
     status, out, _ = cli("generate", "Hi", "-n", "2")
     assert status == 0
-    assert [line.split(maxsplit=6) for line in out.splitlines()] == [
+    head, *lines = out.splitlines()
+    assert head.split() == ["mean_logprob"]
+    assert [line.split(maxsplit=6) for line in lines] == [
         ["1.", "-0.5000", "1", "tokens", "seed", "8", "Lyon"],
         ["2.", "-1.5000", "2", "tokens", "seed", "7", "Paris↵"],
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -139,16 +140,42 @@ def test_without_a_terminal_nothing_is_shown_before_the_end(server: ScriptedServ
     generation = collected(server, console)
     assert out.getvalue() == ""
     show_ranking(console, generation)
-    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["-0.5000", "-1.5000"]
+    assert [line.split()[1] for line in out.getvalue().splitlines()[1:]] == ["-0.5000", "-1.5000"]
 
 
-def test_a_loser_whose_tokens_were_not_sent_is_ranked_without_text() -> None:
-    ranked = pb.CompletionsRanked()
-    ranked.completions.add(completion=0, totals=pb.Totals(token_count=2, logprob=-1))
+def ranking_shown(criterion: int, *places: pb.RankedCompletion) -> list[list[str]]:
+    """What is shown of completions of which nothing was sent, word by word."""
+    ranked = pb.CompletionsRanked(completions=places)
+    ranked.MergeFromString(bytes([2 << 3, criterion]))  # as a later server would send one that is not known here
     generation = Generation(started=None, prompt_tokens=(), prompt_text_changed=False, completions=(), ranking=ranked)
     console, out = console_of()
     show_ranking(console, generation)
-    assert out.getvalue().split() == ["1.", "-0.5000", "2", "tokens", "#0", "(not", "sent)"]
+    return [line.split() for line in out.getvalue().splitlines()]
+
+
+def place(value: float, token_count: int, logprob: float) -> pb.RankedCompletion:
+    return pb.RankedCompletion(value=value, totals=pb.Totals(token_count=token_count, logprob=logprob))
+
+
+def test_a_loser_whose_tokens_were_not_sent_is_ranked_without_text() -> None:
+    shown = ranking_shown(pb.RANKING_CRITERION_MEAN_LOGPROB, place(-0.5, 2, -1))
+    assert shown == [["mean_logprob"], ["1.", "-0.5000", "2", "tokens", "#0", "(not", "sent)"]]
+
+
+CRITERIA = [
+    pytest.param(pb.RANKING_CRITERION_TOTAL_LOGPROB, "total_logprob", id="total"),
+    pytest.param(pb.RANKING_CRITERION_LENGTH_NORMALIZED, "length_normalized", id="length normalized"),
+    pytest.param(pb.RANKING_CRITERION_BEAM_SCORE, "beam_score", id="beam score"),
+    pytest.param(99, "criterion 99", id="not known here"),
+]
+
+
+@pytest.mark.parametrize(("criterion", "name"), CRITERIA)
+def test_a_ranking_shows_the_values_that_ranked_beside_the_means(criterion: int, name: str) -> None:
+    head, first, empty = ranking_shown(criterion, place(-1.5, 4, -3), place(-math.inf, 0, 0))
+    assert head == [*name.split(), "mean_logprob"]
+    assert first[:5] == ["1.", "-1.5000", "-0.7500", "4", "tokens"]
+    assert empty[:5] == ["2.", "none", "none", "0", "tokens"]
 
 
 def test_markup_in_a_text_is_only_text() -> None:

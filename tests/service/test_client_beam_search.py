@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from google.protobuf.json_format import Parse
 from harness import Served, ids
-from logprobs import AsyncClient, Client, InvalidRequestError
+from logprobs import AsyncClient, Client, InvalidRequestError, mean_logprob
 from logprobs.cli import main
 from logprobs.v1 import logprobs_pb2 as pb
 
@@ -76,13 +76,13 @@ def test_the_command_line_prints_the_search_as_events(tiny: Served, capsys: pyte
     assert Parse(last, pb.GenerateResponse()).ranked == tiny.generate(asked(pb.Input(text=TEXT))).ranked
 
 
-def test_the_command_line_shows_hypotheses_best_first(tiny: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_shows_hypotheses_by_their_scores(tiny: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", TEXT, "--target", tiny.target, *ARGUMENTS]) == 0
-    shown = [line.split()[:5] for line in capsys.readouterr().out.splitlines()]
-    totals = [place.totals for place in tiny.generate(asked(pb.Input(text=TEXT))).ranked.completions]
+    head, *shown = [line.split()[:6] for line in capsys.readouterr().out.splitlines()]
+    assert head == ["beam_score", "mean_logprob"]
     assert shown == [
-        [f"{index + 1}.", f"{one.logprob / one.token_count:.4f}", str(one.token_count), "tokens", f"#{index}"]
-        for index, one in enumerate(totals)
+        [f"{one.completion + 1}.", f"{one.value:.4f}", f"{mean_logprob(one.totals):.4f}", "8", "tokens", f"#{index}"]
+        for index, one in enumerate(tiny.generate(asked(pb.Input(text=TEXT))).ranked.completions)
     ]
 
 
