@@ -27,6 +27,8 @@ enum End : int64_t {
   kFinalNorm, kFinalNormBias, kEmbedding, kPositions, kEmbeddingNorm, kEmbeddingNormBias, kSlopes, kHead, kHeadBias
 };
 
+constexpr int64_t kCached = 1 << 20;  // logits that the caches hold until they are reduced
+
 // What all layers share, whole numbers first. Fields in the order of lean.py.
 struct Shape {
   int64_t hidden, inner, vocab, activation;
@@ -97,7 +99,7 @@ class Layers {
     Team& team = Team::get();
     team.run([&] {
       norm(team, hidden, rows, final_norm_, normed);
-      if (shape_.vocab % kLanes == 0)
+      if (shape_.vocab % kLanes == 0 && rows * shape_.vocab > kCached)
         product(team, normed, rows, shape_.hidden, head_, stream(out, shape_.vocab));
       else
         product(team, normed, rows, shape_.hidden, head_, put(out, shape_.vocab));
@@ -143,8 +145,8 @@ class Layers {
     };
   }
 
-  // Puts a product's sums into out[rows, width], a whole number of cache lines, past the caches: many rows do not fit,
-  // and to fetch lines only to overwrite them costs a tenth of the product. Whoever does so must fence.
+  // Puts a product's sums into out[rows, width], a whole number of cache lines, past the caches: to fetch lines only to
+  // overwrite them costs a tenth of the product. Whoever does so must fence.
   static auto stream(float* out, int64_t width) {
     return [out, width](int64_t row, int64_t block, __m512 left, __m512 right) {
       float* to = out + row * width + block * kColumns;
