@@ -89,7 +89,8 @@ def test_every_number_of_a_token_and_of_totals_is_explained() -> None:
 
 
 def test_every_criterion_of_a_ranking_is_explained() -> None:
-    criteria = {name.removeprefix("RANKING_CRITERION_") for name in pb.RankingCriterion.keys()} - {"UNSPECIFIED"}
+    names = {value.name.removeprefix("RANKING_CRITERION_") for value in pb.RankingCriterion.DESCRIPTOR.values}
+    criteria = names - {"UNSPECIFIED"}
     assert criteria <= set(re.findall(r"`([A-Z_]+)`", NUMBERS))
 
 
