@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ __all__ = [
     "ServiceError",
     "Violation",
     "shown",
+    "shown_float",
 ]
 
 MAX_VIOLATIONS = 20
@@ -34,6 +36,12 @@ def shown(value: object) -> str:
     """A value for a message: as Python would write it, cut to 64 characters."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
+
+
+def shown_float(value: float) -> str:
+    """A float32 for a message: as briefly as tells it from all others; what is just above 1 is not shown as 1."""
+    data = struct.pack("f", value)
+    return next((t for t in (f"{value:.{n}g}" for n in range(6, 10)) if struct.pack("f", float(t)) == data), str(value))
 
 
 class ServiceError(Exception):

@@ -61,11 +61,9 @@ class InputReader:
         tokens, longest = len(prompt.token_ids), self._model.context_length
         if rules.num_broken == before:
             rules.check(tokens > 0, "prompt", "has no tokens, and the tokenizer adds none")
-            rules.check(
-                tokens <= longest - generates,
-                "prompt",
-                f"has {tokens} tokens and leaves no room to generate; the model's context holds {longest}",
-            )
+            no_room = " and leaves no room to generate" if generates else ""
+            description = f"has {tokens} tokens{no_room}; the model's context holds {longest}"
+            rules.check(tokens <= longest - generates, "prompt", description)
         return prompt
 
     def pair(

@@ -16,7 +16,7 @@ from logprobs_server.engine.types import (
     SamplingOptions,
     StoppingOptions,
 )
-from logprobs_server.errors import shown
+from logprobs_server.errors import shown, shown_float
 from logprobs_server.requests import Limits, RankingCriterion, RankingPlan
 from logprobs_server.rules import Rules, check_id, check_ids
 
@@ -169,7 +169,7 @@ class OptionReader:
             field,
             "is only for RANKING_CRITERION_LENGTH_NORMALIZED",
         )
-        rules.check(math.isfinite(exponent) and abs(exponent) <= 10, field, f"{exponent:g} is outside [-10, 10]")
+        rules.check(abs(exponent) <= 10, field, f"{shown_float(exponent)} is outside [-10, 10]")
         return RankingPlan(criterion=criterion, length_exponent=exponent)
 
 
@@ -191,9 +191,9 @@ def _check_scalars(rules: Rules, chosen: pb.Sampling) -> None:
         f"{temperature:g} is no finite number of at least 0",
     )
     rules.check(chosen.top_k >= 0, "sampling.top_k", f"{chosen.top_k} is below 0")
-    rules.check(0 < chosen.top_p <= 1, "sampling.top_p", f"{chosen.top_p:g} is outside (0, 1]")
-    rules.check(0 <= chosen.min_p <= 1, "sampling.min_p", f"{chosen.min_p:g} is outside [0, 1]")
-    rules.check(0 < chosen.typical_p <= 1, "sampling.typical_p", f"{chosen.typical_p:g} is outside (0, 1]")
+    rules.check(0 < chosen.top_p <= 1, "sampling.top_p", f"{shown_float(chosen.top_p)} is outside (0, 1]")
+    rules.check(0 <= chosen.min_p <= 1, "sampling.min_p", f"{shown_float(chosen.min_p)} is outside [0, 1]")
+    rules.check(0 < chosen.typical_p <= 1, "sampling.typical_p", f"{shown_float(chosen.typical_p)} is outside (0, 1]")
     rules.check(
         math.isfinite(penalty) and penalty > 0,
         "sampling.repetition_penalty",

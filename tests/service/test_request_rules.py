@@ -138,7 +138,7 @@ REFUSED: dict[str, Case] = {
     "prompt too long to score": (
         generate(ids([1] * 33), max_tokens=0, prompt_logprobs=options()),
         "prompt",
-        "33 tokens",
+        "has 33 tokens; the model's context holds 32",
     ),
     "prompt of no tokens": (generate(text("")), "prompt", "has no tokens"),
     "prompt of no ids": (generate(ids([])), "prompt", "has no tokens"),
@@ -252,6 +252,7 @@ REFUSED: dict[str, Case] = {
     "top_p 0": (sampled(top_p=0), "sampling.top_p", "0 is outside (0, 1]"),
     "top_p below 0": (sampled(top_p=-0.5), "sampling.top_p", "-0.5 is outside (0, 1]"),
     "top_p above 1": (sampled(top_p=1.5), "sampling.top_p", "1.5 is outside (0, 1]"),
+    "top_p just above 1": (sampled(top_p=1 + 2**-23), "sampling.top_p", "1.0000001 is outside (0, 1]"),
     "top_p nan": (sampled(top_p=math.nan), "sampling.top_p", "nan is outside (0, 1]"),
     "min_p below 0": (sampled(min_p=-0.5), "sampling.min_p", "-0.5 is outside [0, 1]"),
     "min_p above 1": (sampled(min_p=1.5), "sampling.min_p", "1.5 is outside [0, 1]"),
@@ -363,6 +364,11 @@ REFUSED: dict[str, Case] = {
         ranked(NORMALIZED, length_exponent=10.5),
         "ranking.length_exponent",
         "10.5 is outside [-10, 10]",
+    ),
+    "length_exponent just above its range": (
+        ranked(NORMALIZED, length_exponent=10 + 2**-20),
+        "ranking.length_exponent",
+        "10.000001 is outside [-10, 10]",
     ),
     "length_exponent nan": (ranked(NORMALIZED, length_exponent=math.nan), "ranking.length_exponent", "nan is outside"),
     # beams
