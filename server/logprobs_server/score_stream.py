@@ -84,7 +84,8 @@ class ScoreStream:
         """Starts to score a request, or answers it with its error, once there is room."""
         item_id, size = request.id.encode()[:MAX_ITEM_ID_BYTES].decode(errors="ignore"), request.ByteSize()
         try:
-            plan = await checked(self._validator.score_item, request)
+            count = len(request.request.continuations)
+            plan = await checked(self._validator.score_item, request, continuations=count)
             if item_id in self._ids:
                 raise InvalidRequestError([Violation("id", f"{shown(item_id)} is that of a request in flight")], 0)
         except Exception as error:  # one that fails does not end the stream

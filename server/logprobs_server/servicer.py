@@ -39,7 +39,7 @@ class LogprobsServicer(LogprobsServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:  # noqa: N802
         """Scores a context, or continuations of it."""
         ready = self._ready()
-        plan = await checked(ready.validator.score, request)
+        plan = await checked(ready.validator.score, request, continuations=len(request.continuations))
         return (await scored(ready.engine, ready.builder, plan)).response()
 
     async def ScoreStream(  # noqa: N802

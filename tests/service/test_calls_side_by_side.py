@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from harness import Served, Stream, ids, running, text, wait_until
 from logprobs.v1 import logprobs_pb2 as pb
 from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
+from logprobs_server.validation import Validator
 
 LENGTH = 1500
 LIMIT = 65_536
@@ -168,3 +170,31 @@ def test_messages_of_a_stream_that_is_read_late_stay_within_the_limit(slow: tupl
     late, _ = slow
     assert sum(response.ByteSize() for response in late.responses) > 10 * LIMIT
     assert max(response.ByteSize() for response in late.responses) <= LIMIT
+
+
+CONTEXT, FEW, MANY = text("a" * 400), [text("b")] * 2, [text("b")] * 200
+
+
+def scored(served: Served, continuations: list[pb.Input]) -> None:
+    served.score(pb.ScoreRequest(context=CONTEXT, continuations=continuations))
+
+
+def scored_on_a_stream(served: Served, continuations: list[pb.Input]) -> None:
+    request = pb.ScoreRequest(context=CONTEXT, continuations=continuations)
+    list(served.stub.ScoreStream(iter([pb.ScoreStreamRequest(id="a", request=request)])))
+
+
+@pytest.mark.parametrize(("call", "check"), [(scored, "score"), (scored_on_a_stream, "score_item")])
+def test_a_small_request_that_is_long_to_tokenise_does_not_hold_up_the_event_loop(
+    call: Callable[[Served, list[pb.Input]], None], check: str, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, on_the_loop = getattr(Validator, check), []
+
+    def watched(validator: Validator, request: Any) -> Any:
+        on_the_loop.append(threading.current_thread().name == "server")
+        return whole(validator, request)
+
+    monkeypatch.setattr(Validator, check, watched)
+    call(served, FEW)
+    call(served, MANY)
+    assert on_the_loop == [True, False]
