@@ -27,6 +27,7 @@ enum End : int64_t {
   kFinalNorm, kFinalNormBias, kEmbedding, kPositions, kEmbeddingNorm, kEmbeddingNormBias, kSlopes, kHead, kHeadBias
 };
 
+constexpr int64_t kFew = 32;          // rows that a thread norms sooner than it meets the others
 constexpr int64_t kCached = 1 << 20;  // logits that the caches hold until they are reduced
 
 // What all layers share, whole numbers first. Fields in the order of lean.py.
@@ -129,6 +130,18 @@ class Layers {
     team.each(rows, [&](int64_t r) { norm_row(x + r * shape_.hidden, shape_.hidden, how, out + r * shape_.hidden, add); });
   }
 
+  // norm(x) of all rows for the member that calls: of few rows by itself, in its own memory, since to wait for the others
+  // takes longer; of many by the team, in `shared`.
+  const T* normed(Team& team, const float* x, int64_t rows, const Norm& how, T* shared, Arena& own) {
+    if (rows > kFew) {
+      norm(team, x, rows, how, shared);
+      return shared;
+    }
+    T* out = reinterpret_cast<T*>(own.floats(rows * shape_.hidden));
+    for (int64_t r = 0; r < rows; ++r) norm_row(x + r * shape_.hidden, shape_.hidden, how, out + r * shape_.hidden);
+    return out;
+  }
+
   // Puts a product's sums into out[rows, width], or adds them to it.
   template <bool kAdd = false>
   static auto put(float* out, int64_t width) {
@@ -182,14 +195,15 @@ class Layers {
         product(team, x, rows, width, by, put<true>(residual, hidden));
       }
     };
-    norm(team, residual, rows, w.input_norm, b.normed);
-    if (shape_.parallel) norm(team, residual, rows, w.mlp_norm, b.mlp_normed);
-    product(team, b.normed, rows, hidden, w.qkv, put(b.qkv, shape_.heads.width()));
+    static thread_local Arena own, own_second;
+    const auto mlp_input = [&] { return normed(team, residual, rows, w.mlp_norm, b.mlp_normed, own_second); };
+    const T* early = shape_.parallel ? mlp_input() : nullptr;
+    product(team, normed(team, residual, rows, w.input_norm, b.normed, own), rows, hidden, w.qkv,
+            put(b.qkv, shape_.heads.width()));
     attend(team, b.qkv, step, cuts, shape_.heads, w.look,
            Kept<K>{cache_, static_cast<int64_t>(layers_.size()), index}, b.mixed);
     add_to_residual(b.mixed, mixed, w.out, w.after_attention);
-    if (!shape_.parallel) norm(team, residual, rows, w.mlp_norm, b.normed);
-    product(team, shape_.parallel ? b.mlp_normed : b.normed, rows, hidden, w.up, activate(b.active));
+    product(team, shape_.parallel ? early : mlp_input(), rows, hidden, w.up, activate(b.active));
     add_to_residual(b.active, shape_.inner, w.down, w.after_mlp);
   }
 
