@@ -88,6 +88,16 @@ def test_prompts_hold_decoding_sequences_up_only_as_far_as_more_wait_for_them(
     assert [part.stop - part.start for part in work] == [*[1] * decoding, most]
 
 
+def test_a_step_takes_up_fewer_tokens_of_a_prompt_the_further_it_is_in() -> None:
+    scheduler, counts = scheduler_with(decoding=16, prompts=1), []
+    while (part := scheduler.schedule()[-1]).stop < 900:
+        counts.append(part.stop - part.start)
+        scheduler.computed(part)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == LEAST_PREFILL
+    assert 0.65 < counts[-1] / counts[0] < 0.75  # at 900 tokens one costs 1.44 times what the first one does
+
+
 def test_prompts_that_come_together_are_computed_together() -> None:
     driver = Driver([generate_job(range(first, first + 20)) for first in (0, 100, 200)], 3, 60, 9, Random(0))
     driver.step(lambda sequence: True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from math import ceil
 
 from logprobs_server.engine.beams import BeamSearch
 from logprobs_server.engine.completion import Completion
@@ -24,6 +25,8 @@ __all__ = ["LEAST_PREFILL", "Scheduler", "SchedulerLimits", "StartedBranch", "Wo
 
 LEAST_PREFILL = 32
 """Prompt tokens computed in a step beside decoding sequences: fewer would not pay for reading the weights."""
+_FAR = 2048
+"""Tokens before a prompt's token that make it cost twice what the first one does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +37,8 @@ class SchedulerLimits:
     max_step_tokens: tokens computed in a step; every decoding sequence gets its token, prefill shares the rest.
     prefill_per_decode: prompt tokens that a step computes at most for each decoding sequence in it, so that those are
         not held up; None: as many as fit the step. `LEAST_PREFILL` are always computed, and where more prompts wait
-        than sequences decode as many times more, so that the many do not wait for the few.
+        than sequences decode as many times more, so that the many do not wait for the few. Both are of tokens that
+        start a prompt; far into one they are fewer, since each attends to all before it.
     """
 
     max_sequences: int
@@ -149,15 +153,19 @@ class Scheduler:
         """What the next step computes: one token of every decoding sequence, then prompts in the order they came."""
         work = [_all_of(s) for s in self._sequences if s.decodes and s.num_pending == 1]
         room = self._limits.max_step_tokens - len(work)
+        far = float("inf")  # without decoding sequences nobody minds what a token costs
         if work and self._limits.prefill_per_decode is not None:
+            far = _FAR
             waiting = max(len(work), self._num_prompts)
             room = min(room, max(LEAST_PREFILL * waiting // len(work), self._limits.prefill_per_decode * len(work)))
         for sequence in self._sequences:
             pending = sequence.num_pending
             if pending and not (sequence.decodes and pending == 1) and room > 0:
-                count = min(pending, room)
-                work.append(Work(sequence=sequence, start=sequence.num_computed, stop=sequence.num_computed + count))
-                room -= count
+                start = sequence.num_computed
+                cost = 1 + start / far
+                count = min(pending, ceil(room / cost))
+                work.append(Work(sequence=sequence, start=start, stop=start + count))
+                room -= int(count * cost)
         return work
 
     def computed(self, work: Work) -> None:
