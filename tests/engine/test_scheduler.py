@@ -79,7 +79,15 @@ def scheduler_with(decoding: int, prompts: int) -> Scheduler:
 
 @pytest.mark.parametrize(
     ("decoding", "prompts", "most"),
-    [(0, 1, 512), (1, 1, LEAST_PREFILL), (20, 1, 40), (30, 1, 60), (2, 6, 3 * LEAST_PREFILL), (1, 20, 511)],
+    [
+        (0, 1, 512),
+        (1, 1, LEAST_PREFILL),
+        (20, 1, LEAST_PREFILL),
+        (20, 2, 40),
+        (30, 6, 60),
+        (2, 6, 6 * LEAST_PREFILL),
+        (1, 30, 511),
+    ],
 )
 def test_prompts_hold_decoding_sequences_up_only_as_far_as_more_wait_for_them(
     decoding: int, prompts: int, most: int

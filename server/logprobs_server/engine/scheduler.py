@@ -23,8 +23,8 @@ from logprobs_server.engine.types import GenerateJob, TokenBytes
 
 __all__ = ["LEAST_PREFILL", "Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
 
-LEAST_PREFILL = 32
-"""Prompt tokens computed in a step beside decoding sequences: fewer would not pay for reading the weights."""
+LEAST_PREFILL = 20
+"""Prompt tokens computed in a step beside decoding sequences, for each prompt that waits."""
 _FAR = 2048
 """Tokens before a prompt's token that make it cost twice what the first one does."""
 
@@ -36,8 +36,8 @@ class SchedulerLimits:
     max_sequences: sequences alive at once.
     max_step_tokens: tokens computed in a step; every decoding sequence gets its token, prefill shares the rest.
     prefill_per_decode: prompt tokens that a step computes at most for each decoding sequence in it, so that those are
-        not held up; None: as many as fit the step. `LEAST_PREFILL` are always computed, and where more prompts wait
-        than sequences decode as many times more, so that the many do not wait for the few. Both are of tokens that
+        not held up; None: as many as fit the step. Each prompt that waits adds `LEAST_PREFILL`, and the bound rises
+        where more wait than sequences decode, so that the many do not wait for the few. All this is of tokens that
         start a prompt; far into one they are fewer, since each attends to all before it.
     """
 
@@ -156,8 +156,9 @@ class Scheduler:
         far = float("inf")  # without decoding sequences nobody minds what a token costs
         if work and self._limits.prefill_per_decode is not None:
             far = _FAR
-            waiting = max(len(work), self._num_prompts)
-            room = min(room, max(LEAST_PREFILL * waiting // len(work), self._limits.prefill_per_decode * len(work)))
+            wanted, decoding = LEAST_PREFILL * self._num_prompts, len(work)
+            most = max(self._limits.prefill_per_decode * decoding, 2 * wanted // decoding)
+            room = min(room, max(LEAST_PREFILL, min(wanted, most)))
         for sequence in self._sequences:
             pending = sequence.num_pending
             if pending and not (sequence.decodes and pending == 1) and room > 0:
