@@ -130,10 +130,6 @@ class MessageBuilder:
         token.code_point_offset = drawn.code_point_offset
         token.trimmed = drawn.trimmed
 
-    def next_token(self, token: pb.NextToken, position: PositionLogprobs, named_ids: Sequence[int]) -> None:
-        """Makes an empty one tell the distribution of a token that nobody chose, but for `NextToken.logprobs`."""
-        self._tell_distribution(token, position, named_ids)
-
     def _fill(self, token: pb.Token, position: PositionLogprobs, named_ids: Sequence[int]) -> None:
         token_id = position.token_id
         assert token_id is not None
@@ -142,12 +138,13 @@ class MessageBuilder:
         token.special_name = self._spelling(token_id)[1]
         if position.logprob is not None and position.rank is not None:
             token.logprob, token.rank = position.logprob, position.rank
-        self._tell_distribution(token, position, named_ids)
+        self.tell_distribution(token, position, named_ids)
 
-    def _tell_distribution(
+    def tell_distribution(
         self, to: pb.Token | pb.NextToken, position: PositionLogprobs, named_ids: Sequence[int]
     ) -> None:
-        """Everything is written where it stays: a message put into another is encoded and decoded to get there."""
+        """Adds all but a whole distribution. It is written where it stays: put into another, a message is encoded and
+        decoded to get there."""
         # Where there is no distribution there are no logprobs, whatever was named.
         for add, ids, logprobs in (
             (to.top.add, position.top_ids, position.top_logprobs),
@@ -250,19 +247,15 @@ class GenerateMessages:
 
     def _pieces(self, event: CompletionDecoded) -> Iterator[pb.GenerateResponse]:
         """What became certain in messages of at most one token each; the last has the text."""
-        named = self._plan.job.logprobs.token_ids
-        for token in event.tokens[:-1]:
-            yield self._piece(event.index, token, named)
-        last = self._piece(event.index, event.tokens[-1] if event.tokens else None, named)
-        last.decoded.deltas[0].text = event.text
-        yield last
-
-    def _piece(self, completion: int, token: DecodedToken | None, named: Sequence[int]) -> pb.GenerateResponse:
-        response = pb.GenerateResponse()
-        delta = response.decoded.deltas.add(completion=completion)
-        if token is not None:
-            self._builder.drawn_token(delta.tokens.add(), token, named)
-        return response
+        tokens: Sequence[DecodedToken | None] = event.tokens or (None,)
+        for token in tokens:
+            response = pb.GenerateResponse()
+            delta = response.decoded.deltas.add(completion=event.index)
+            if token is not None:
+                self._builder.drawn_token(delta.tokens.add(), token, self._plan.job.logprobs.token_ids)
+            if token is tokens[-1]:
+                delta.text = event.text
+            yield response
 
     def _finish(self, event: CompletionFinished) -> pb.GenerateResponse:
         finished = pb.CompletionFinished(completion=event.index, reason=_REASONS[event.reason], totals=_totals(event))

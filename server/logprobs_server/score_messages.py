@@ -85,7 +85,7 @@ class ScoreMessages:
         sequence.text_changed = text.text_changed
         if following is not None:
             sequence.next.SetInParent()
-            self._builder.next_token(sequence.next, following, self._plan.logprobs.token_ids)
+            self._builder.tell_distribution(sequence.next, following, self._plan.logprobs.token_ids)
             sequence.next.logprobs.extend(following.all_logprobs if whole else ())
 
     def _tokens(self, index: int, new: Callable[[], pb.Token]) -> Iterator[pb.Token]:
