@@ -14,7 +14,7 @@ import openvino
 import openvino_genai
 
 from bench.exchange import Task, Told
-from bench.subjects.subject import Note, Streaming, serve
+from bench.subjects.subject import Note, Scoring, serve
 
 __all__ = ["Pipeline", "opened"]
 
@@ -22,7 +22,7 @@ _CACHE_GIB = 1
 _SEQUENCES = 32
 
 
-class Pipeline(Streaming):
+class Pipeline(Scoring):
     """Steps for as long as a request is under way, and reads what each step gave."""
 
     def __init__(self, pipeline: Any) -> None:

@@ -16,7 +16,7 @@ from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceStub
 from logprobs_server.demo import local_server
 
 from bench.exchange import Task, Told
-from bench.subjects.subject import Note, Streaming, serve
+from bench.subjects.subject import Note, Scoring, serve
 
 if TYPE_CHECKING:
     from logprobs.v1.logprobs_pb2_grpc import LogprobsServiceAsyncStub  # a type alone
@@ -37,7 +37,7 @@ def as_request(prompt: Sequence[int], task: Task) -> pb.GenerateRequest:
     )
 
 
-class Service(Streaming):
+class Service(Scoring):
     """Calls without what the client library adds: a client costs the two cores it shares with the server."""
 
     def __init__(self, target: str, ready_s: float) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from bench.exchange import LATE_AFTER, LATE_NEW_TOKENS, Answer, Stream, Task, Told
 
-__all__ = ["Note", "Streaming", "Subject", "free_port", "serve", "server"]
+__all__ = ["Note", "Scoring", "Streaming", "Subject", "free_port", "serve", "server"]
 
 _POLL_S = 0.02
 
@@ -62,10 +62,6 @@ class Streaming(ABC):
     def tokens(self, message: Any, top: int) -> Told:
         """What a message tells; checks that its tokens have the alternatives."""
 
-    async def score(self, prompt: Sequence[int], task: Task) -> list[float]:
-        """Log probabilities of the prompt's tokens but for the first, or of the choices' after it."""
-        raise NotImplementedError(f"{type(self).__name__} cannot score")
-
     async def answer(self, task: Task) -> Answer:
         """Runs all clients at once, and the late one when the others are under way."""
         clients = [[_Call() for _ in prompts] for prompts in task.prompts]
@@ -89,13 +85,11 @@ class Streaming(ABC):
     async def _client(self, prompts: Sequence[Sequence[int]], task: Task, calls: list[_Call]) -> None:
         for prompt, call in zip(prompts, calls, strict=True):
             call.start = time.perf_counter()
-            if task.new_tokens:
-                await self.generate(prompt, task, call.note)
-            else:
-                scored = [token_id for choice in task.choices for token_id in choice] or prompt[1:]
-                logprobs = await self.score(prompt, task)
-                assert len(logprobs) == len(scored), f"scored {len(logprobs)} tokens, not {len(scored)}"
-                call.told = list(zip(scored, logprobs, strict=True))
+            await self._answer_one(prompt, task, call)
+
+    async def _answer_one(self, prompt: Sequence[int], task: Task, call: _Call) -> None:
+        assert task.new_tokens, f"{type(self).__name__} cannot score"
+        await self.generate(prompt, task, call.note)
 
     async def _late(self, task: Task, calls: Sequence[_Call], late: _Call) -> None:
         for call in calls:
@@ -109,6 +103,23 @@ class Streaming(ABC):
         call.told = [token for _, tokens in read for token in tokens]
         assert len(call.told) == expected, f"told {len(call.told)} tokens, not {expected}"
         return Stream(start=call.start, times=[at for at, _ in read], counts=[len(tokens) for _, tokens in read])
+
+
+class Scoring(Streaming):
+    """One that scores texts too."""
+
+    @abstractmethod
+    async def score(self, prompt: Sequence[int], task: Task) -> list[float]:
+        """Log probabilities of the prompt's tokens but for the first, or of the choices' after it."""
+
+    async def _answer_one(self, prompt: Sequence[int], task: Task, call: _Call) -> None:
+        if task.new_tokens:
+            await super()._answer_one(prompt, task, call)
+            return
+        scored = [token_id for choice in task.choices for token_id in choice] or prompt[1:]
+        logprobs = await self.score(prompt, task)
+        assert len(logprobs) == len(scored), f"scored {len(logprobs)} tokens, not {len(scored)}"
+        call.told = list(zip(scored, logprobs, strict=True))
 
 
 class _Call:

@@ -19,7 +19,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc as services
 
 from bench.exchange import Task, Told
-from bench.subjects.subject import Note, Streaming, free_port, serve, server
+from bench.subjects.subject import Note, Scoring, free_port, serve, server
 
 __all__ = ["VllmServer", "opened"]
 
@@ -29,7 +29,7 @@ _CONTEXT_LENGTH = 2304
 """Room for the longest prompt and what follows it."""
 
 
-class VllmServer(Streaming):
+class VllmServer(Scoring):
     """One call of Generate per request, and per text to score."""
 
     def __init__(self, target: str, ready_s: float) -> None:
