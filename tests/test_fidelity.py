@@ -21,7 +21,7 @@ from bench.exchange import Task, Told
 from bench.fidelity import TEXTS, make_tasks
 from bench.reference import Reference
 from bench.subjects.llama_cpp import in_their_places
-from bench.subjects.subject import Note, Streaming
+from bench.subjects.subject import Note, Scoring
 from bench.subjects.transformers_eager import FLOAT32_LOGITS, opened
 
 TEXT = list(range(7, VOCABULARY_SIZE, 5))
@@ -111,7 +111,7 @@ def test_float32_logits_are_nearer_than_bfloat16_ones(folder: Path) -> None:
     assert means[0] < means[1]
 
 
-class Echo(Streaming):
+class Echo(Scoring):
     """Completes with the prompt's tokens, two at a time, the last client first; scores with them as logprobs."""
 
     def __init__(self, clients: int) -> None:
