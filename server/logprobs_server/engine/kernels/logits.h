@@ -11,6 +11,7 @@
 namespace logprobs {
 
 constexpr int64_t kChunk = 8192;  // columns; 32 KiB
+constexpr int64_t kStride = 4 * kLanes;  // columns that are looked at together
 
 struct Candidate {
   float value;
@@ -34,50 +35,71 @@ inline void insert(std::vector<Candidate>& best, int64_t most, Candidate candida
   if (static_cast<int64_t>(best.size()) > most) best.pop_back();
 }
 
+// Puts what is better than the worst of `best` into it, of 16 logits from row[begin] on, those of `lanes`.
+inline void choose(const float* row, int64_t begin, __mmask16 lanes, int64_t most, std::vector<Candidate>& best) {
+  const auto full = [&] { return static_cast<int64_t>(best.size()) == most; };
+  const __m512 x = load(row + begin, lanes);
+  __mmask16 better = full() ? _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(best.back().value), _CMP_GT_OQ)
+                            : _mm512_mask_cmp_ps_mask(lanes, x, x, _CMP_ORD_Q);
+  for (; better != 0; better &= better - 1) {
+    const int64_t id = begin + __builtin_ctz(better);
+    if (!full() || row[id] > best.back().value) insert(best, most, {row[id], id});
+  }
+}
+
 // Finds the best of row[begin … end), and counts.
 inline void search(const float* row, int64_t begin, int64_t end, float limit, int64_t most, Part& part) {
   const __m512 bound = _mm512_set1_ps(limit), finite = _mm512_set1_ps(std::numeric_limits<float>::max());
-  __m512 least = _mm512_set1_ps(kMasked);
+  const __m512i one = _mm512_set1_epi32(1);
+  __m512i greater = _mm512_setzero_si512();
+  __mmask16 odd = 0;
   part.best.clear();
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const __mmask16 lanes = first_lanes(end - i);
-    const __m512 x = load(row + i, lanes);
-    part.greater += __builtin_popcount(_mm512_mask_cmp_ps_mask(lanes, x, bound, _CMP_GT_OQ));
-    part.odd |= _mm512_mask_cmp_ps_mask(lanes, x, finite, _CMP_NLE_UQ) != 0;
-    const bool full = static_cast<int64_t>(part.best.size()) == most;
-    __mmask16 better = full ? _mm512_mask_cmp_ps_mask(lanes, x, least, _CMP_GT_OQ)
-                            : _mm512_mask_cmp_ps_mask(lanes, x, x, _CMP_ORD_Q);
-    for (; better != 0; better &= better - 1) {
-      const int64_t id = i + __builtin_ctz(better);
-      if (static_cast<int64_t>(part.best.size()) == most && !(row[id] > part.best.back().value)) continue;
-      insert(part.best, most, {row[id], id});
-      if (static_cast<int64_t>(part.best.size()) == most) least = _mm512_set1_ps(part.best.back().value);
+  const auto four = [&](int64_t i, auto lanes) {  // vectors from i on; whether any logit may be among the best
+    __m512 peak = _mm512_set1_ps(kMasked);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < 4; ++v) {
+      const __m512 x = _mm512_mask_loadu_ps(_mm512_set1_ps(kMasked), lanes(v), row + i + v * kLanes);
+      greater = _mm512_mask_add_epi32(greater, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), greater, one);
+      odd |= _mm512_cmp_ps_mask(x, finite, _CMP_NLE_UQ);
+      peak = _mm512_max_ps(peak, x);
     }
-  }
+    const float least = static_cast<int64_t>(part.best.size()) == most ? part.best.back().value : kMasked;
+    if (_mm512_cmp_ps_mask(peak, _mm512_set1_ps(least), _CMP_NLE_UQ) == 0 && least != kMasked) return;
+    for (int64_t v = 0; v < 4; ++v) choose(row, i + v * kLanes, lanes(v), most, part.best);
+  };
+  int64_t i = begin;
+  for (; i + kStride <= end; i += kStride) four(i, [](int64_t) { return static_cast<__mmask16>(0xFFFF); });
+  if (i < end) four(i, [&](int64_t v) { return first_lanes(end - i - v * kLanes); });
+  part.greater += _mm512_reduce_add_epi32(greater);
+  part.odd |= odd != 0;
 }
 
 // Sums over row[begin … end), relative to the chunk's largest, of all that is not in `best`. Four vectors of weights are
 // added in float32, which costs less than their own rounding, then in double.
-inline void accumulate(float* row, int64_t begin, int64_t end, bool moments, Part& part) {
+template <bool kMoments>
+void accumulate(float* row, int64_t begin, int64_t end, Part& part) {
   part.largest = part.best.front().value;
   if (part.largest == kMasked) return;
   for (const Candidate& candidate : part.best) row[candidate.id] = kMasked;
   __m512d total = _mm512_setzero_pd(), moment = _mm512_setzero_pd();
-  const __m512 largest = _mm512_set1_ps(part.largest);
-  for (int64_t i = begin; i < end; i += 4 * kLanes) {
+  const __m512 largest = _mm512_set1_ps(part.largest), masked = _mm512_set1_ps(kMasked);
+  const auto four = [&](int64_t i, auto lanes) {
     __m512 weights = _mm512_setzero_ps();
 #pragma GCC unroll 4
-    for (int64_t j = i; j < i + 4 * kLanes; j += kLanes) {
-      const __m512 x = _mm512_sub_ps(_mm512_mask_loadu_ps(_mm512_set1_ps(kMasked), first_lanes(end - j), row + j), largest);
+    for (int64_t v = 0; v < 4; ++v) {
+      const __m512 x = _mm512_sub_ps(_mm512_mask_loadu_ps(masked, lanes(v), row + i + v * kLanes), largest);
       const __m512 weight = exponential(x);
       weights = _mm512_add_ps(weights, weight);
-      if (moments) {
+      if constexpr (kMoments) {
         const __mmask16 counts = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_GT_OQ);
         moment = _mm512_add_pd(moment, add_halves(_mm512_maskz_mul_ps(counts, weight, x)));
       }
     }
     total = _mm512_add_pd(total, add_halves(weights));
-  }
+  };
+  int64_t i = begin;
+  for (; i + kStride <= end; i += kStride) four(i, [](int64_t) { return static_cast<__mmask16>(0xFFFF); });
+  if (i < end) four(i, [&](int64_t v) { return first_lanes(end - i - v * kLanes); });
   for (const Candidate& candidate : part.best) row[candidate.id] = candidate.value;
   part.total = _mm512_reduce_add_pd(total);
   part.moment = _mm512_reduce_add_pd(moment);
@@ -150,7 +172,9 @@ inline void row_statistics(const Tensor& logits, const Tensor& chosen, const Ten
     team.each(rows * chunks, [&](int64_t i) {
       const int64_t r = i / chunks, begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
       search(all + r * vocab, begin, end, limits[r], std::max<int64_t>(1, tops[r]), parts[i]);
-      if (!parts[i].odd) accumulate(all + r * vocab, begin, end, moments[r], parts[i]);
+      if (parts[i].odd) return;
+      moments[r] ? accumulate<true>(all + r * vocab, begin, end, parts[i])
+                 : accumulate<false>(all + r * vocab, begin, end, parts[i]);
     });
     team.each(rows, [&](int64_t r) {
       const Told told{data<double>(floats) + 5 * r, data<int64_t>(counts) + 2 * r, data<float>(values) + most * r,
