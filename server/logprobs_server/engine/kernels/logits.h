@@ -11,7 +11,6 @@
 namespace logprobs {
 
 constexpr int64_t kChunk = 8192;  // columns; 32 KiB
-constexpr int64_t kStride = 4 * kLanes;  // columns that are looked at together
 
 struct Candidate {
   float value;
@@ -35,6 +34,16 @@ inline void insert(std::vector<Candidate>& best, int64_t most, Candidate candida
   if (static_cast<int64_t>(best.size()) > most) best.pop_back();
 }
 
+// f(i, lanes) for every fourth vector's column i from `begin` on; lanes(v) are those of vector i + v that come before
+// `end`, known to be all but in the last call.
+template <class F>
+inline void each_four(int64_t begin, int64_t end, F f) {
+  constexpr int64_t kFour = 4 * kLanes;
+  int64_t i = begin;
+  for (; i + kFour <= end; i += kFour) f(i, [](int64_t) { return static_cast<__mmask16>(0xFFFF); });
+  if (i < end) f(i, [&](int64_t v) { return first_lanes(end - i - v * kLanes); });
+}
+
 // Puts what is better than the worst of `best` into it, of 16 logits from row[begin] on, those of `lanes`.
 inline void choose(const float* row, int64_t begin, __mmask16 lanes, int64_t most, std::vector<Candidate>& best) {
   const auto full = [&] { return static_cast<int64_t>(best.size()) == most; };
@@ -54,7 +63,7 @@ inline void search(const float* row, int64_t begin, int64_t end, float limit, in
   __m512i greater = _mm512_setzero_si512();
   __mmask16 odd = 0;
   part.best.clear();
-  const auto four = [&](int64_t i, auto lanes) {  // vectors from i on; whether any logit may be among the best
+  each_four(begin, end, [&](int64_t i, auto lanes) {
     __m512 peak = _mm512_set1_ps(kMasked);
 #pragma GCC unroll 4
     for (int64_t v = 0; v < 4; ++v) {
@@ -66,10 +75,7 @@ inline void search(const float* row, int64_t begin, int64_t end, float limit, in
     const float least = static_cast<int64_t>(part.best.size()) == most ? part.best.back().value : kMasked;
     if (_mm512_cmp_ps_mask(peak, _mm512_set1_ps(least), _CMP_NLE_UQ) == 0 && least != kMasked) return;
     for (int64_t v = 0; v < 4; ++v) choose(row, i + v * kLanes, lanes(v), most, part.best);
-  };
-  int64_t i = begin;
-  for (; i + kStride <= end; i += kStride) four(i, [](int64_t) { return static_cast<__mmask16>(0xFFFF); });
-  if (i < end) four(i, [&](int64_t v) { return first_lanes(end - i - v * kLanes); });
+  });
   part.greater += _mm512_reduce_add_epi32(greater);
   part.odd |= odd != 0;
 }
@@ -83,7 +89,7 @@ void accumulate(float* row, int64_t begin, int64_t end, Part& part) {
   for (const Candidate& candidate : part.best) row[candidate.id] = kMasked;
   __m512d total = _mm512_setzero_pd(), moment = _mm512_setzero_pd();
   const __m512 largest = _mm512_set1_ps(part.largest), masked = _mm512_set1_ps(kMasked);
-  const auto four = [&](int64_t i, auto lanes) {
+  each_four(begin, end, [&](int64_t i, auto lanes) {
     __m512 weights = _mm512_setzero_ps();
 #pragma GCC unroll 4
     for (int64_t v = 0; v < 4; ++v) {
@@ -96,10 +102,7 @@ void accumulate(float* row, int64_t begin, int64_t end, Part& part) {
       }
     }
     total = _mm512_add_pd(total, add_halves(weights));
-  };
-  int64_t i = begin;
-  for (; i + kStride <= end; i += kStride) four(i, [](int64_t) { return static_cast<__mmask16>(0xFFFF); });
-  if (i < end) four(i, [&](int64_t v) { return first_lanes(end - i - v * kLanes); });
+  });
   for (const Candidate& candidate : part.best) row[candidate.id] = candidate.value;
   part.total = _mm512_reduce_add_pd(total);
   part.moment = _mm512_reduce_add_pd(moment);
