@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -23,3 +24,6 @@ def embedded_folder() -> Path:
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's business
 settings.load_profile("untimed")
+
+# A shell that starts the tests in the background has them ignore interrupts, and what they start does so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
