@@ -72,8 +72,8 @@ inline void search(const float* row, int64_t begin, int64_t end, float limit, in
       odd |= _mm512_cmp_ps_mask(x, finite, _CMP_NLE_UQ);
       peak = _mm512_max_ps(peak, x);
     }
-    const float least = static_cast<int64_t>(part.best.size()) == most ? part.best.back().value : kMasked;
-    if (_mm512_cmp_ps_mask(peak, _mm512_set1_ps(least), _CMP_NLE_UQ) == 0 && least != kMasked) return;
+    const bool full = static_cast<int64_t>(part.best.size()) == most;
+    if (full && _mm512_cmp_ps_mask(peak, _mm512_set1_ps(part.best.back().value), _CMP_GT_OQ) == 0) return;
     for (int64_t v = 0; v < 4; ++v) choose(row, i + v * kLanes, lanes(v), most, part.best);
   });
   part.greater += _mm512_reduce_add_epi32(greater);
@@ -82,8 +82,7 @@ inline void search(const float* row, int64_t begin, int64_t end, float limit, in
 
 // Sums over row[begin … end), relative to the chunk's largest, of all that is not in `best`. Four vectors of weights are
 // added in float32, which costs less than their own rounding, then in double.
-template <bool kMoments>
-void accumulate(float* row, int64_t begin, int64_t end, Part& part) {
+inline void accumulate(float* row, int64_t begin, int64_t end, bool moments, Part& part) {
   part.largest = part.best.front().value;
   if (part.largest == kMasked) return;
   for (const Candidate& candidate : part.best) row[candidate.id] = kMasked;
@@ -96,7 +95,7 @@ void accumulate(float* row, int64_t begin, int64_t end, Part& part) {
       const __m512 x = _mm512_sub_ps(_mm512_mask_loadu_ps(masked, lanes(v), row + i + v * kLanes), largest);
       const __m512 weight = exponential(x);
       weights = _mm512_add_ps(weights, weight);
-      if constexpr (kMoments) {
+      if (moments) {
         const __mmask16 counts = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_GT_OQ);
         moment = _mm512_add_pd(moment, add_halves(_mm512_maskz_mul_ps(counts, weight, x)));
       }
@@ -175,9 +174,7 @@ inline void row_statistics(const Tensor& logits, const Tensor& chosen, const Ten
     team.each(rows * chunks, [&](int64_t i) {
       const int64_t r = i / chunks, begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
       search(all + r * vocab, begin, end, limits[r], std::max<int64_t>(1, tops[r]), parts[i]);
-      if (parts[i].odd) return;
-      moments[r] ? accumulate<true>(all + r * vocab, begin, end, parts[i])
-                 : accumulate<false>(all + r * vocab, begin, end, parts[i]);
+      if (!parts[i].odd) accumulate(all + r * vocab, begin, end, moments[r], parts[i]);
     });
     team.each(rows, [&](int64_t r) {
       const Told told{data<double>(floats) + 5 * r, data<int64_t>(counts) + 2 * r, data<float>(values) + most * r,
