@@ -23,15 +23,15 @@ def test_random_requests_end_well_or_are_refused_and_leave_nothing_behind(tiny_f
     assert report.outcomes["damaged", "INVALID_ARGUMENT"] > COUNT // 10
 
 
-def test_the_fuzzer_notices_an_error_of_ours(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fuzzer_notices_errors_of_ours(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(tiny_folder, **SETTINGS) as served:
         submit, submitted = served.engine.submit, count()
 
-        def fails_once(job: Job, sink: Sink) -> Ticket:
-            if next(submitted) == 40:
+        def fails(job: Job, sink: Sink) -> Ticket:
+            if next(submitted) in range(40, 60):  # of one alone, its caller may have left before it is answered
                 raise RuntimeError
             return submit(job, sink)
 
-        monkeypatch.setattr(served.engine, "submit", fails_once)
-        [failure] = fuzz(served, 300).failures
-    assert "INTERNAL" in failure
+        monkeypatch.setattr(served.engine, "submit", fails)
+        failures = fuzz(served, 300).failures
+    assert any("INTERNAL" in failure for failure in failures)
