@@ -20,15 +20,10 @@ from logprobs_server.engine.decoder import Architecture, Layer, Linear, Norm
 from logprobs_server.engine.kv_cache import BLOCK_SIZE
 from logprobs_server.engine.types import ModelDescription
 
-__all__ = ["LeanModel", "kept_dtype", "packed_decoder"]
+__all__ = ["LeanModel", "packed_decoder"]
 
 _COLUMNS, _LANES = 32, 16
 """Outputs of a block of packed weights, and those of a gate that stand beside as many of its partner."""
-
-
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a model of this dtype keeps keys and values as: float16 is as small as bfloat16 and eight times finer."""
-    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 class LeanModel:
@@ -41,11 +36,17 @@ class LeanModel:
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
         self.own_threads = True
-        # [blocks, layers, heads, keys and values]. Untouched memory costs nothing; a block's first token clears it.
-        kept = (num_blocks, len(architecture.layers), architecture.key_heads, 2 * BLOCK_SIZE * architecture.head_size)
-        self._cache = torch.ops.logprobs.huge_pages(kept, kept_dtype(dtype))
+        # [blocks, layers, heads, cells]. Untouched memory costs nothing; a block's first token clears it.
+        cells = _cells(architecture.head_size, dtype)
+        kept = (num_blocks, len(architecture.layers), architecture.key_heads, cells)
+        self._cache = torch.ops.logprobs.huge_pages(kept, torch.float32 if dtype == torch.float32 else torch.int32)
         self._decoder = packed_decoder(architecture, dtype, self._cache)
         self._buffer = torch.empty(0)
+
+    @staticmethod
+    def block_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
+        """Bytes that a block's keys and values take in all layers of a model of this dtype."""
+        return 4 * len(architecture.layers) * architecture.key_heads * _cells(architecture.head_size, dtype)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""
@@ -143,3 +144,10 @@ def _side_by_side(linear: Linear) -> Linear:
         return padded.view(2, -1, _LANES, *stored.shape[1:]).transpose(0, 1).flatten(0, 2)
 
     return Linear(weight=turned(linear.weight), bias=None if linear.bias is None else turned(linear.bias))
+
+
+def _cells(size: int, dtype: torch.dtype) -> int:
+    """Cells of 4 bytes that one head's part of a block takes: see `Block` in attention.h."""
+    if dtype == torch.float32:
+        return 2 * BLOCK_SIZE * size
+    return BLOCK_SIZE * -(-size // 2) + BLOCK_SIZE // 2 * size + 2 * BLOCK_SIZE

@@ -2,6 +2,7 @@
 // computed beside it, and each sum runs in one order: its bits depend on its position and what precedes it alone.
 #pragma once
 
+#include <bit>
 #include <vector>
 
 #include "product.h"
@@ -10,7 +11,7 @@ namespace logprobs {
 
 constexpr int64_t kBlock = 32;  // tokens in a block of the KV cache; BLOCK_SIZE in kv_cache.py
 constexpr int64_t kLines = 48;  // queries of heads that go through the same keys together
-constexpr int kDirect = 4;      // queries up to which keys and values are not worth a copy in float32
+constexpr int kDirect = 4;      // queries that wait for memory: they call for the next block while they read one
 
 // Memory of one thread, kept from call to call: fresh pages cost more than what is computed in them.
 class Arena {
@@ -48,18 +49,50 @@ struct Heads {
   int64_t query, key, size;  // heads that ask, heads that hold keys and values, their dimension
   int64_t width() const { return (query + 2 * key) * size; }
   int64_t group() const { return query / key; }
-  int64_t plane() const { return size * kBlock; }
 };
 
-// One layer's part of the cache, [blocks][layers][heads][keys [size][kBlock], values [kBlock][size]]. K is what keys
-// and values are kept as: float32 of a float32 model; float16 of a bfloat16 one, as small and eight times finer.
-template <class K>
+// What keys and values are kept as and multiplied with queries and weights, 4 bytes each.
+//   float of a float32 model.
+//   Pair of a bfloat16 one: two neighbours in whole numbers of 12 or 13 bits and a sign, under one scale for a token's
+//   key or value. As small as bfloat16 and finer than float16, and their products run twice as fast as float32's. Sums
+//   of whole numbers are exact: kKeyLimit · kLimit · 64 and kLimit · kLimit · 32 stay below 2^31.
+using Pair = int32_t;
+constexpr float kLimit = 8191.0f, kKeyLimit = 4095.0f;
+constexpr int64_t kCells = 32;  // cells of a key that one sum takes before it is added to the others
+
+template <class C>
+constexpr int64_t kWidth = std::is_same_v<C, Pair> ? 2 : 1;  // numbers in a cell
+
+// Cells of a key of `size` numbers.
+template <class C>
+int64_t cells_of(int64_t size) {
+  return (size + kWidth<C> - 1) / kWidth<C>;
+}
+
+// What one head keeps of a block.
+template <class C>
+struct Block {
+  C* keys;               // [cells][kBlock]
+  C* values;             // [kBlock / width][size]
+  float* key_scales;     // [kBlock], of pairs alone
+  float* value_scales;
+};
+
+// One layer's part of the cache, [blocks][layers][heads][`Block`].
+template <class C>
 struct Kept {
-  K* base;
+  C* base;
   int64_t layers, layer;
 
-  K* keys(const Heads& heads, int64_t block, int64_t head) const {
-    return base + ((block * layers + layer) * heads.key + head) * 2 * heads.plane();
+  static constexpr int64_t kScales = std::is_same_v<C, Pair> ? kBlock : 0;
+  static int64_t keys(const Heads& heads) { return cells_of<C>(heads.size) * kBlock; }
+  static int64_t values(const Heads& heads) { return kBlock / kWidth<C> * heads.size; }
+  static int64_t stride(const Heads& heads) { return keys(heads) + values(heads) + 2 * kScales; }
+
+  Block<C> at(const Heads& heads, int64_t block, int64_t head) const {
+    C* start = base + ((block * layers + layer) * heads.key + head) * stride(heads);
+    float* scales = reinterpret_cast<float*>(start + keys(heads) + values(heads));
+    return {start, start + keys(heads), scales, scales + kScales};
   }
 };
 
@@ -74,12 +107,57 @@ struct Look {
   float scale;
 };
 
+// The scale under which `size` numbers become whole numbers up to `limit`: 0 if they count as 0; NaN or infinite if one
+// of them is, so that whatever it touches becomes NaN.
+inline float scale_of(const float* x, int64_t size, float limit) {
+  __m512i largest = _mm512_setzero_si512();  // compared as bits, which puts NaN above all
+  each_vector(size, [&](int64_t i, __mmask16 lanes) {
+    largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(load(x + i, lanes))));
+  });
+  const float found = std::bit_cast<float>(_mm512_reduce_max_epu32(largest));
+  return found < 1e-30f ? 0.0f : found / limit;
+}
+
+// x over the scale, rounded to whole numbers.
+inline __m512i whole(__m512 x, float scale) {
+  return _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(scale == 0.0f ? 0.0f : 1.0f / scale)));
+}
+
+// emit(cell, Pair) of x[size] under a scale, an odd last one with 0.
+template <class F>
+void each_pair(const float* x, int64_t size, float scale, F emit) {
+  alignas(32) Pair pairs[kLanes / 2];
+  each_vector(size, [&](int64_t i, __mmask16 lanes) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), _mm512_cvtepi32_epi16(whole(load(x + i, lanes), scale)));
+    const int64_t count = (std::min(kLanes, size - i) + 1) / 2;
+    for (int64_t p = 0; p < count; ++p) emit(i / 2 + p, pairs[p]);
+  });
+}
+
+// Keeps a token's key and value at a slot of its block.
+inline void keep(const float* key, const float* value, int64_t size, int64_t slot, const Block<float>& block) {
+  for (int64_t i = 0; i < size; ++i) block.keys[i * kBlock + slot] = key[i];
+  std::copy_n(value, size, block.values + slot * size);
+}
+
+inline void keep(const float* key, const float* value, int64_t size, int64_t slot, const Block<Pair>& block) {
+  const float scale = block.key_scales[slot] = scale_of(key, size, kKeyLimit);
+  each_pair(key, size, scale, [&](int64_t cell, Pair pair) { block.keys[cell * kBlock + slot] = pair; });
+  const float unit = block.value_scales[slot] = scale_of(value, size, kLimit);
+  const bool second = slot % 2 == 1;
+  each_vector(size, [&](int64_t i, __mmask16 lanes) {
+    const __m512i numbers = whole(load(value + i, lanes), unit);
+    const __mmask32 halves = _pdep_u32(lanes, 0x55555555u) << (second ? 1 : 0);
+    _mm512_mask_storeu_epi16(block.values + slot / 2 * size + i, halves, second ? _mm512_slli_epi32(numbers, 16) : numbers);
+  });
+}
+
 // Norms and rotates queries and keys of rows begin … end - 1 of a chunk, in place in qkv[rows, width], for one head of
 // keys and the queries that ask it, and keeps keys and values. A block's first token clears the block: what a longer
 // sequence left there must not reach sums, not even times 0.
-template <class K>
+template <class C>
 void remember(float* qkv, const Step& step, int64_t chunk, int64_t begin, int64_t end, int64_t head, const Heads& heads,
-              const Look& look, const Kept<K>& kept) {
+              const Look& look, const Kept<C>& kept) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t position = step.positions[row], slot = position % kBlock;
     float* line = qkv + row * heads.width();
@@ -91,115 +169,192 @@ void remember(float* qkv, const Step& step, int64_t chunk, int64_t begin, int64_
       turned(line + h * heads.size, look.query_norm);
     float* key = line + (heads.query + head) * heads.size;
     turned(key, look.key_norm);
-    K* keys = kept.keys(heads, step.block(chunk, position), head);
-    if (slot == 0) std::fill_n(keys, 2 * heads.plane(), K(0));
-    const float* value = key + heads.key * heads.size;
-    K* values = keys + heads.plane() + slot * heads.size;
-    alignas(64) K narrow[kLanes];
-    each_vector(heads.size, [&](int64_t i, __mmask16 lanes) {
-      store(narrow, load(key + i, lanes));
-      for (int64_t j = 0; j < std::min(kLanes, heads.size - i); ++j) keys[(i + j) * kBlock + slot] = narrow[j];
-      store(values + i, load(value + i, lanes), lanes);
-    });
+    const Block<C> block = kept.at(heads, step.block(chunk, position), head);
+    if (slot == 0) std::fill(block.keys, block.keys + kept.stride(heads), C(0));
+    keep(key, key + heads.key * heads.size, heads.size, slot, block);
   }
 }
 
 // Into the second cache: the first has room for few lines on their way (16 streams of 1,000 tokens: 21.0 ms, were 27.3).
 inline void call_for(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
 
-// scores[L][kBlock] = queries[size][L] · keys[size][kBlock], each sum from the first dimension to the last.
-// ahead: what will be read next, as many bytes as `keys`.
-template <int L, class S>
-void score_block(const float* queries, const S* keys, int64_t size, float* scores, const S* ahead) {
-  __m512 sums[L][2];
+// sums + a · b, in each lane of one number or two.
+inline __m512 add_product(__m512 sums, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sums); }
+inline __m512i add_product(__m512i sums, __m512i a, __m512i b) {
+#ifdef __AVX512VNNI__
+  asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+  return sums;
+#else
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
+#endif
+}
+
+inline __m512 spread(float x) { return _mm512_set1_ps(x); }
+inline __m512i spread(Pair x) { return _mm512_set1_epi32(x); }
+inline __m512 real(__m512 x) { return x; }
+inline __m512 real(__m512i x) { return _mm512_cvtepi32_ps(x); }
+
+// What L lines of cells, as registers [line][left, right half of 32 columns], come to.
+template <int L, class C>
+struct Products {
+  decltype(spread(C())) at[L][2];
+
+  void clear() {
 #pragma GCC unroll 16
-  for (int l = 0; l < L; ++l) sums[l][0] = sums[l][1] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < size; ++i) {
-    const __m512 left = load(keys + i * kBlock), right = load(keys + i * kBlock + kLanes);
-    if constexpr (L <= kDirect)
-      for (size_t at = 0; at < kBlock; at += 64 / sizeof(S)) call_for(ahead + i * kBlock + at);
+    for (int l = 0; l < L; ++l) at[l][0] = at[l][1] = spread(C(0));
+  }
+
+  // Adds a cell of each line times 32 cells.
+  template <class V, class F>
+  void add(V left, V right, F cell) {
 #pragma GCC unroll 16
     for (int l = 0; l < L; ++l) {
-      const __m512 query = _mm512_set1_ps(queries[i * L + l]);
-      sums[l][0] = _mm512_fmadd_ps(query, left, sums[l][0]);
-      sums[l][1] = _mm512_fmadd_ps(query, right, sums[l][1]);
+      const auto by = spread(cell(l));
+      at[l][0] = add_product(at[l][0], by, left);
+      at[l][1] = add_product(at[l][1], by, right);
     }
   }
+};
+
+// scores[L][kBlock] = queries[cells][L] · keys[cells][kBlock], each sum from the first cell to the last, times `scales` of
+// queries and keys of pairs. ahead: what will be read next.
+template <int L, class C>
+void score_block(const C* queries, const float* scales, const Block<C>& block, int64_t cells, float* scores,
+                 const Block<C>& ahead) {
+  for (int64_t from = 0; from < cells; from += kCells) {
+    const int64_t to = std::min(cells, from + kCells);
+    Products<L, C> products;
+    products.clear();
+    for (int64_t i = from; i < to; ++i) {
+      const C* line = block.keys + i * kBlock;
+      if constexpr (L <= kDirect)
+        for (int64_t at = 0; at < kBlock; at += kLanes) call_for(ahead.keys + i * kBlock + at);
+      products.add(load(line), load(line + kLanes), [&](int l) { return queries[i * L + l]; });
+    }
 #pragma GCC unroll 16
-  for (int l = 0; l < L; ++l) {
-    store(scores + l * kBlock, sums[l][0]);
-    store(scores + l * kBlock + kLanes, sums[l][1]);
+    for (int l = 0; l < L; ++l)
+#pragma GCC unroll 2
+      for (int side = 0; side < 2; ++side) {
+        float* score = scores + l * kBlock + side * kLanes;
+        __m512 found = real(products.at[l][side]);
+        if constexpr (std::is_same_v<C, Pair>)
+          found = _mm512_mul_ps(found, _mm512_mul_ps(load(block.key_scales + side * kLanes), spread(scales[l])));
+        store(score, from == 0 ? found : _mm512_add_ps(load(score), found));
+      }
   }
 }
 
-// sums[L][size] += weights[L][kBlock] · values[kBlock][size] for 32 dimensions from `i` on, those in the masks, a
-// block's sum from its first key to its last.
-template <int L, class S, class M>
-void mix_columns(const float* weights, const S* values, int64_t size, int64_t i, float* sums, const S* ahead, M first,
-                 M second) {
-  __m512 mixed[L][2];
-#pragma GCC unroll 16
-  for (int l = 0; l < L; ++l) mixed[l][0] = mixed[l][1] = _mm512_setzero_ps();
-  for (int64_t j = 0; j < kBlock; ++j) {
-    const S* line = values + j * size + i;
-    const __m512 left = load(line, first), right = load(line + kLanes, second);
+// The softmax so far of lines that go through the keys together (arXiv:2205.14135).
+struct Lines {
+  float* largest;  // [lines]: the largest score
+  float* totals;   // [lines][kLanes]: sums of weights, each lane's
+  float* fade;     // [lines]: what becomes of sums before a block
+  float* gain;     // [lines]: and the factor of the block's own
+  float* peak;     // [lines]: its largest score
+};
+
+// sums[L][size] · fade + weights[L][kBlock] · values[kBlock][size] · gain, for 32 dimensions from `i` on, those in the
+// masks, a block's sum from its first key to its last.
+template <int L, class C, class M>
+void mix_columns(const C* weights, const float* fades, const float* gains, const C* values, int64_t size, int64_t i,
+                 float* sums, const C* ahead, M first, M second) {
+  Products<L, C> products;
+  products.clear();
+  for (int64_t j = 0; j < kBlock / kWidth<C>; ++j) {
+    const C* line = values + j * size + i;
     if constexpr (L <= kDirect)
-      for (size_t at = 0; at < 2 * kLanes; at += 64 / sizeof(S)) call_for(ahead + j * size + i + at);
-#pragma GCC unroll 16
-    for (int l = 0; l < L; ++l) {
-      const __m512 weight = _mm512_set1_ps(weights[l * kBlock + j]);
-      mixed[l][0] = _mm512_fmadd_ps(weight, left, mixed[l][0]);
-      mixed[l][1] = _mm512_fmadd_ps(weight, right, mixed[l][1]);
-    }
+      for (int64_t at = 0; at < 2 * kLanes; at += kLanes) call_for(ahead + j * size + i + at);
+    products.add(load(line, first), load(line + kLanes, second), [&](int l) { return weights[l * kBlock + j]; });
   }
 #pragma GCC unroll 16
   for (int l = 0; l < L; ++l) {
     float* to = sums + l * size + i;
-    store(to, _mm512_add_ps(load(to, first), mixed[l][0]), first);
-    store(to + kLanes, _mm512_add_ps(load(to + kLanes, second), mixed[l][1]), second);
+    const __m512 fade = spread(fades[l]), gain = spread(gains[l]);
+    const auto put = [&](float* at, auto products_of, M lanes) {
+      store(at, _mm512_fmadd_ps(real(products_of), gain, _mm512_mul_ps(load(at, lanes), fade)), lanes);
+    };
+    put(to, products.at[l][0], first);
+    put(to + kLanes, products.at[l][1], second);
   }
 }
 
-// sums[L][size] += weights[L][kBlock] · values[kBlock][size].
-template <int L, class S>
-void mix_block(const float* weights, const S* values, int64_t size, float* sums, const S* ahead) {
+template <int L, class C>
+void mix_block(const C* weights, const float* fades, const float* gains, const C* values, int64_t size, float* sums,
+               const C* ahead) {
   const int64_t even = size / (2 * kLanes) * (2 * kLanes);
-  for (int64_t i = 0; i < even; i += 2 * kLanes) mix_columns<L>(weights, values, size, i, sums, ahead, All{}, All{});
+  for (int64_t i = 0; i < even; i += 2 * kLanes)
+    mix_columns<L>(weights, fades, gains, values, size, i, sums, ahead, All{}, All{});
   if (even < size) {
     const __mmask16 first = first_lanes(size - even), second = first_lanes(size - even - kLanes);
-    mix_columns<L>(weights, values, size, even, sums, ahead, first, second);
+    mix_columns<L>(weights, fades, gains, values, size, even, sums, ahead, first, second);
   }
 }
 
-// One query's softmax so far (arXiv:2205.14135): its largest score, the sum of its weights, the sums of values.
-struct Line {
-  float largest, total;
+// The scales of a block's values that are seen, over the largest of them.
+struct Shares {
+  __m512 first, second;
+  float largest;
+
+  Shares(const Block<Pair>& block, __mmask32 seen) {
+    const __m512 left = _mm512_maskz_loadu_ps(static_cast<__mmask16>(seen), block.value_scales);
+    const __m512 right = _mm512_maskz_loadu_ps(static_cast<__mmask16>(seen >> kLanes), block.value_scales + kLanes);
+    const __m512i bits = _mm512_max_epu32(_mm512_castps_si512(left), _mm512_castps_si512(right));
+    largest = std::bit_cast<float>(_mm512_reduce_max_epu32(bits));  // NaN if one is
+    const __m512 over = _mm512_set1_ps(largest == 0.0f ? 0.0f : kLimit / largest);
+    first = _mm512_mul_ps(left, over);
+    second = _mm512_mul_ps(right, over);
+  }
+  Shares(const Block<float>&, __mmask32) {}
+
+  // Weights as they are multiplied with values; returns what products of those with values are to be multiplied with.
+  float put(__m512 left, __m512 right, float* to) const {
+    store(to, left);
+    store(to + kLanes, right);
+    return 1.0f;
+  }
+  float put(__m512 left, __m512 right, Pair* to) const {
+    const auto narrow = [](__m512 x) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)); };
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(_mm512_mul_ps(left, first)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kLanes / 2), narrow(_mm512_mul_ps(right, second)));
+    return largest / kLimit;
+  }
 };
 
-// Turns a line's scores of a block into weights, of keys `seen` alone, and fades what came before to their scale.
-inline void weigh(float* scores, __mmask32 seen, Line& line, float* sums, int64_t size) {
-  const __mmask16 first = static_cast<__mmask16>(seen), second = static_cast<__mmask16>(seen >> kLanes);
+// The largest of a line's scores of a block, of keys `seen` alone; masks the others.
+inline float peak_of(float* scores, __mmask32 seen) {
   const __m512 masked = _mm512_set1_ps(kMasked);
-  const __m512 left = _mm512_mask_mov_ps(masked, first, load(scores));
-  const __m512 right = _mm512_mask_mov_ps(masked, second, load(scores + kLanes));
-  const float peak = _mm512_reduce_max_ps(_mm512_max_ps(left, right));
-  if (peak == kMasked) {  // nothing of this block counts
-    std::fill_n(scores, kBlock, 0.0f);
-    return;
-  }
-  const float now = std::max(line.largest, peak);
-  if (now > line.largest) {
-    const __m512 fade = exponential(_mm512_set1_ps(line.largest - now));
-    line.total *= _mm512_cvtss_f32(fade);
-    each_vector(size, [&](int64_t i, __mmask16 lanes) { store(sums + i, _mm512_mul_ps(load(sums + i, lanes), fade), lanes); });
-    line.largest = now;
-  }
-  const __m512 low = exponential(_mm512_sub_ps(left, _mm512_set1_ps(now)));
-  const __m512 high = exponential(_mm512_sub_ps(right, _mm512_set1_ps(now)));
-  store(scores, low);
-  store(scores + kLanes, high);
-  line.total += _mm512_reduce_add_ps(_mm512_add_ps(low, high));
+  const __m512 left = _mm512_mask_mov_ps(masked, static_cast<__mmask16>(seen), load(scores));
+  const __m512 right = _mm512_mask_mov_ps(masked, static_cast<__mmask16>(seen >> kLanes), load(scores + kLanes));
+  store(scores, left);
+  store(scores + kLanes, right);
+  return _mm512_reduce_max_ps(_mm512_max_ps(left, right));
 }
+
+// Once the peaks of a block are known: what sums before it fade to, and what it counts for itself. Of nothing but masked
+// scores the gain is 0.
+inline void advance(const Lines& lines, int64_t count) {
+  each_vector(count, [&](int64_t l, __mmask16 lanes) {
+    const __m512 before = load(lines.largest + l, lanes), peak = load(lines.peak + l, lanes);
+    const __m512 now = _mm512_max_ps(before, peak);
+    store(lines.fade + l, exponential(_mm512_sub_ps(before, now)), lanes);
+    store(lines.gain + l, exponential(_mm512_sub_ps(peak, now)), lanes);
+    store(lines.largest + l, now, lanes);
+  });
+}
+
+// Turns line l's scores of a block into weights, in their place.
+template <class C>
+void weigh(float* scores, const Lines& lines, int64_t l, const Shares& shares) {
+  const __m512 peak = spread(lines.peak[l]);
+  const __m512 low = exponential(_mm512_sub_ps(load(scores), peak));
+  const __m512 high = exponential(_mm512_sub_ps(load(scores + kLanes), peak));
+  float* total = lines.totals + l * kLanes;
+  const __m512 before = _mm512_mul_ps(load(total), spread(lines.fade[l]));
+  store(total, _mm512_fmadd_ps(_mm512_add_ps(low, high), spread(lines.gain[l]), before));
+  lines.gain[l] *= shares.put(low, high, reinterpret_cast<C*>(scores));
+}
+
+constexpr __mmask32 kAll = ~__mmask32{0};
 
 // Which of the 32 keys from `start` on a query at `position` sees.
 inline __mmask32 seen_keys(int64_t position, int64_t start, int64_t window) {
@@ -218,57 +373,77 @@ inline int64_t first_block(const Step& step, const Tile& tile, const Look& look)
   return look.window > 0 ? std::max<int64_t>(0, step.positions[tile.row] - look.window + 1) / kBlock : 0;
 }
 
-// Queries of a tile against all their keys, for one head of keys. after: keys that are likely read next.
-template <class T, class K>
+// Queries of a tile against all their keys, for one head of keys. after: what is likely read next.
+template <class T, class C>
 void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t head, const Heads& heads,
-                 const Look& look, const Kept<K>& kept, const K* after, T* out) {
+                 const Look& look, const Kept<C>& kept, const Block<C>& after, T* out) {
   const auto [chunk, row, count] = tile;
   static thread_local Arena arena;
-  const int64_t group = heads.group(), size = heads.size, lines = count * group, plane = heads.plane();
-  float* queries = arena.floats(lines * (2 * size + kBlock) + 2 * plane);  // of each group of lines [size][lines]
-  float* sums = queries + lines * size;                                    // [lines][size]
-  float* scores = sums + lines * size;                                     // [lines][kBlock]
-  float* wide = scores + lines * kBlock;                                   // a block's keys, then values, in float32
-  static thread_local std::vector<Line> state;
-  state.assign(lines, Line{kMasked, 0.0f});
+  const int64_t group = heads.group(), size = heads.size, lines = count * group, cells = cells_of<C>(size);
+  float* sums = arena.floats(lines * (size + cells + kBlock + kLanes + 5));  // [lines][size]
+  C* queries = reinterpret_cast<C*>(sums + lines * size);                    // of each group of lines [cells][lines]
+  float* scores = reinterpret_cast<float*>(queries + lines * cells);         // [lines][kBlock], then weights
+  float* totals = scores + lines * kBlock;
+  float* rest = totals + lines * kLanes;
+  float* scales = rest + 4 * lines;  // [lines], of pairs
+  const Lines state{rest, totals, rest + lines, rest + 2 * lines, rest + 3 * lines};
+  std::fill_n(state.largest, lines, kMasked);
+  std::fill_n(totals, lines * kLanes, 0.0f);
   const auto gather = [&]<int kMost>() {
     each_group<kMost>(lines, [&](auto many, int64_t from) {
       for (int64_t l = from; l < from + many.value; ++l) {
         const float* query = qkv + (row + l / group) * heads.width() + (head * group + l % group) * size;
-        for (int64_t i = 0; i < size; ++i) queries[from * size + i * many.value + l - from] = query[i] * look.scale;
+        C* to = queries + from * cells + l - from;
+        if constexpr (std::is_same_v<C, Pair>) {
+          const float scale = scale_of(query, size, kLimit);
+          scales[l] = scale * look.scale;
+          each_pair(query, size, scale, [&](int64_t cell, Pair pair) { to[cell * many.value] = pair; });
+        } else {
+          for (int64_t i = 0; i < size; ++i) to[i * many.value] = query[i] * look.scale;
+        }
       }
     });
   };
   lines <= kDirect ? gather.template operator()<kDirect>() : gather.template operator()<kRows>();
   std::fill_n(sums, lines * size, 0.0f);
   const int64_t first = step.positions[row], last = first + count - 1;
-  const auto pass = [&]<int kMost, class S>(const S* keys, const S* ahead, int64_t begin) {
+  const auto pass = [&]<int kMost>(const Block<C>& block, const Block<C>& ahead, int64_t begin) {
+    if constexpr (kMost == kDirect && std::is_same_v<C, Pair>)
+      for (int64_t i = 0; i < 2 * kBlock; i += kLanes) call_for(ahead.key_scales + i);
     each_group<kMost>(lines, [&](auto many, int64_t l) {
-      score_block<many.value>(queries + l * size, keys, size, scores + l * kBlock, ahead);
+      score_block<many.value>(queries + l * cells, scales + l, block, cells, scores + l * kBlock, ahead);
     });
-    for (int64_t l = 0; l < lines; ++l) {
-      float* line = scores + l * kBlock;
-      if (look.slopes != nullptr)
-        for (int64_t i = 0; i < kBlock; ++i) line[i] += look.slopes[head * group + l % group] * (begin + i);
-      weigh(line, seen_keys(first + l / group, begin, look.window), state[l], sums + l * size, size);
+    for (int64_t q = 0; q < count; ++q) {
+      const __mmask32 seen = seen_keys(first + q, begin, look.window);
+      for (int64_t h = 0; h < group; ++h) {
+        float* line = scores + (q * group + h) * kBlock;
+        if (look.slopes != nullptr)
+          for (int64_t i = 0; i < kBlock; ++i) line[i] += look.slopes[head * group + h] * (begin + i);
+        state.peak[q * group + h] = peak_of(line, seen);
+      }
+    }
+    advance(state, lines);
+    const Shares all(block, kAll);
+    for (int64_t q = 0; q < count; ++q) {
+      const __mmask32 seen = seen_keys(first + q, begin, look.window);
+      const Shares shares = seen == kAll ? all : Shares(block, seen);
+      for (int64_t l = q * group; l < (q + 1) * group; ++l) weigh<C>(scores + l * kBlock, state, l, shares);
     }
     each_group<kMost>(lines, [&](auto many, int64_t l) {
-      mix_block<many.value>(scores + l * kBlock, keys + plane, size, sums + l * size, ahead + plane);
+      mix_block<many.value>(reinterpret_cast<const C*>(scores + l * kBlock), state.fade + l, state.gain + l,
+                            block.values, size, sums + l * size, ahead.values);
     });
   };
   for (int64_t b = first_block(step, tile, look); b <= last / kBlock; ++b) {
-    const K* keys = kept.keys(heads, step.block(chunk, b * kBlock), head);
-    if (lines <= kDirect) {
-      const K* ahead = b < last / kBlock ? kept.keys(heads, step.block(chunk, (b + 1) * kBlock), head) : after;
-      pass.template operator()<kDirect>(keys, ahead, b * kBlock);
-    } else {
-      for (int64_t i = 0; i < 2 * plane; i += kLanes) store(wide + i, load(keys + i));
-      pass.template operator()<kRows>(wide, wide, b * kBlock);
-    }
+    const auto at = [&](int64_t which) { return kept.at(heads, step.block(chunk, which * kBlock), head); };
+    if (lines <= kDirect)
+      pass.template operator()<kDirect>(at(b), b < last / kBlock ? at(b + 1) : after, b * kBlock);
+    else
+      pass.template operator()<kRows>(at(b), after, b * kBlock);
   }
   for (int64_t l = 0; l < lines; ++l) {
     T* to = out + ((row + l / group) * heads.query + head * group + l % group) * size;
-    const __m512 share = _mm512_set1_ps(1.0f / state[l].total);
+    const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(load(totals + l * kLanes)));
     each_vector(size, [&](int64_t i, __mmask16 lanes) {
       store(to + i, _mm512_mul_ps(load(sums + l * size + i, lanes), share), lanes);
     });
@@ -305,9 +480,9 @@ inline Tiles cut(const Step& step, const Heads& heads) {
 }
 
 // out[rows, query heads · size] of a layer whose queries, keys and values are qkv[rows, width]. By every member.
-template <class T, class K>
+template <class T, class C>
 void attend(Team& team, float* qkv, const Step& step, const Tiles& cuts, const Heads& heads, const Look& look,
-            const Kept<K>& kept, T* out) {
+            const Kept<C>& kept, T* out) {
   const int64_t count = cuts.blocks.size() * heads.key;
   if (count > 0)
     team.each(count, [&](int64_t i) {
@@ -321,7 +496,7 @@ void attend(Team& team, float* qkv, const Step& step, const Tiles& cuts, const H
     if (count == 0) remember(qkv, step, t.chunk, t.row, t.row + t.count, head, heads, look, kept);
     const Tile& later = cuts.tiles[next / heads.key];
     const int64_t block = step.block(later.chunk, first_block(step, later, look) * kBlock);
-    attend_tile(qkv, step, t, head, heads, look, kept, kept.keys(heads, block, next % heads.key), out);
+    attend_tile(qkv, step, t, head, heads, look, kept, kept.at(heads, block, next % heads.key), out);
   });
 }
 

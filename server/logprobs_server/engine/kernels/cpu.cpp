@@ -70,12 +70,12 @@ struct Embedding {
   Norm norm;
 };
 
-// A decoder whose products take T and whose keys and values are kept as K.
-template <class T, class K>
+// A decoder whose products take T and whose keys and values are kept as C.
+template <class T, class C>
 class Layers {
  public:
   Layers(const Shape& shape, std::vector<Weights<T>> layers, Embedding<T> embedding, Norm final_norm, Packed<T> head,
-         K* cache)
+         C* cache)
       : shape_(shape), layers_(std::move(layers)), embedding_(embedding), final_norm_(final_norm), head_(head),
         cache_(cache) {}
 
@@ -201,7 +201,7 @@ class Layers {
     product(team, normed(team, residual, rows, w.input_norm, b.normed, own), rows, hidden, w.qkv,
             put(b.qkv, shape_.heads.width()));
     attend(team, b.qkv, step, cuts, shape_.heads, w.look,
-           Kept<K>{cache_, static_cast<int64_t>(layers_.size()), index}, b.mixed);
+           Kept<C>{cache_, static_cast<int64_t>(layers_.size()), index}, b.mixed);
     add_to_residual(b.mixed, mixed, w.out, w.after_attention);
     product(team, shape_.parallel ? early : mlp_input(), rows, hidden, w.up, activate(b.active));
     add_to_residual(b.active, shape_.inner, w.down, w.after_mlp);
@@ -212,7 +212,7 @@ class Layers {
   Embedding<T> embedding_;
   Norm final_norm_;
   Packed<T> head_;
-  K* cache_;
+  C* cache_;
   Room room_;
 };
 
@@ -230,7 +230,7 @@ class Decoder : public torch::CustomClassHolder {
     if (cache.scalar_type() == at::kFloat)
       fill<float, float>(windows);
     else
-      fill<BFloat16, Half>(windows);
+      fill<BFloat16, Pair>(windows);
   }
 
   // Hidden states [rows, hidden] float32 behind the last layer, before the final norm, of tokens [rows] that stand at
@@ -259,7 +259,7 @@ class Decoder : public torch::CustomClassHolder {
     return {data<T>(*weight), optional(bias), outputs, in};
   }
 
-  template <class T, class K>
+  template <class T, class C>
   void fill(const std::vector<int64_t>& windows) {
     const Shape& s = shape_;
     const auto norm = [&](const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
@@ -282,15 +282,15 @@ class Decoder : public torch::CustomClassHolder {
     const Embedding<T> embedding{data<T>(*ends_[kEmbedding]),
                                  ends_[kPositions] ? data<T>(*ends_[kPositions]) : nullptr,
                                  norm(ends_[kEmbeddingNorm], ends_[kEmbeddingNormBias])};
-    layers_ = std::make_unique<Layers<T, K>>(s, std::move(layers), embedding,
+    layers_ = std::make_unique<Layers<T, C>>(s, std::move(layers), embedding,
                                              norm(ends_[kFinalNorm], ends_[kFinalNormBias]),
-                                             packed<T>(ends_[kHead], ends_[kHeadBias], s.vocab, s.hidden), data<K>(cache_));
+                                             packed<T>(ends_[kHead], ends_[kHeadBias], s.vocab, s.hidden), data<C>(cache_));
   }
 
   std::vector<std::optional<Tensor>> parts_, ends_;
   Tensor cache_;
   Shape shape_;
-  std::variant<std::unique_ptr<Layers<float, float>>, std::unique_ptr<Layers<BFloat16, Half>>> layers_;
+  std::variant<std::unique_ptr<Layers<float, float>>, std::unique_ptr<Layers<BFloat16, Pair>>> layers_;
 };
 
 Tensor huge_pages(at::IntArrayRef shape, at::ScalarType dtype) { return huge(shape, dtype); }

@@ -13,7 +13,6 @@
 namespace logprobs {
 
 using at::BFloat16;
-using at::Half;
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLanes = 16;
@@ -30,24 +29,14 @@ struct All {};
 // Of the lanes that a mask names, 0 in the others.
 inline __m512 load(const float* from, All = {}) { return _mm512_loadu_ps(from); }
 inline __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-inline __m512 load(const Half* from, All = {}) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-inline __m512 load(const Half* from, __mmask16 mask) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
-}
+inline __m512i load(const int32_t* from, All = {}) { return _mm512_loadu_si512(from); }
+inline __m512i load(const int32_t* from, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, from); }
 inline __m512 load(const BFloat16* from, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
 inline void store(float* to, __m512 values, All = {}) { _mm512_storeu_ps(to, values); }
 inline void store(float* to, __m512 values, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, values); }
-// float16 holds numbers up to 65,504; larger ones become that, NaN stays NaN.
-inline void store(Half* to, __m512 values, __mmask16 mask = 0xFFFF) {
-  const __m512 limit = _mm512_set1_ps(65504.0f);
-  values = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, values));
-  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 inline void store(BFloat16* to, __m512 values, __mmask16 mask) {
 #ifdef __AVX512BF16__
   const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(values);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
+from logprobs_server.engine.kv_cache import blocks_for
 from logprobs_server.engine.model.checkpoint import LoadOptions, ModelNotServableError
 from logprobs_server.engine.types import ModelDescription
 
@@ -16,8 +16,7 @@ _KV_SHARE = 0.5
 
 
 def blocks_that_fit(
-    shapes: list[tuple[tuple[int, int], tuple[int, int]]],
-    dtype: torch.dtype,
+    block_bytes: int,
     description: ModelDescription,
     options: LoadOptions,
     device: torch.device,
@@ -25,19 +24,18 @@ def blocks_that_fit(
     """Blocks of the KV cache, the unused block 0 included.
 
     Args:
-        shapes: (heads, head_dim) of keys and of values, per layer.
+        block_bytes: what keys and values of a block take in all layers.
     Raises:
         ModelNotServableError: two sequences as long as the context do not fit.
     """
     kv_cache_bytes = options.kv_cache_bytes
-    token_bytes = dtype.itemsize * sum(heads * size for layer in shapes for heads, size in layer)
     if kv_cache_bytes is None:
-        useful = options.max_sequences * description.context_length * token_bytes
+        useful = options.max_sequences * blocks_for(description.context_length) * block_bytes
         kv_cache_bytes = min(useful, int(_KV_SHARE * _free_memory(device)))
-    blocks = kv_cache_bytes // (token_bytes * BLOCK_SIZE)
+    blocks = kv_cache_bytes // block_bytes
     least = 2 * blocks_for(description.context_length)
     if blocks < least:
-        needed = least * token_bytes * BLOCK_SIZE
+        needed = least * block_bytes
         raise ModelNotServableError(
             f"{description.name}: a KV cache of {kv_cache_bytes:,} bytes is too small for a context of "
             f"{description.context_length} tokens, which needs {needed:,}; set a shorter context length"

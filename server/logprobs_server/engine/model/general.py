@@ -97,7 +97,8 @@ class TransformersModel:
         self._cache_name = _cache_name(self._body)
         shapes = _kv_shapes(self._body, self.device)
         self.own_threads = False
-        self.num_blocks = blocks_that_fit(shapes, model.dtype, description, options, self.device)
+        numbers = BLOCK_SIZE * sum(heads * size for layer in shapes for heads, size in layer)
+        self.num_blocks = blocks_that_fit(numbers * model.dtype.itemsize, description, options, self.device)
         self._layers = [
             _BlockLayer(*(self._new_store(heads, size, model.dtype) for heads, size in layer)) for layer in shapes
         ]

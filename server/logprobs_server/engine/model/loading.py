@@ -15,10 +15,10 @@ from torch import Tensor
 
 from logprobs_server.engine import kernels
 from logprobs_server.engine.batch import Chunk, Model
-from logprobs_server.engine.decoder import Architecture, architecture_of
+from logprobs_server.engine.decoder import architecture_of
 from logprobs_server.engine.device import DeviceModel
 from logprobs_server.engine.kv_cache import blocks_for
-from logprobs_server.engine.lean import LeanModel, kept_dtype
+from logprobs_server.engine.lean import LeanModel
 from logprobs_server.engine.model.capacity import blocks_that_fit
 from logprobs_server.engine.model.checkpoint import LoadOptions, ModelNotServableError, first_line, load_weights
 from logprobs_server.engine.model.general import TransformersModel
@@ -60,7 +60,7 @@ def _lean_model(model: Any, description: ModelDescription, options: LoadOptions)
     if architecture is None or not kernels.load(options.kernels_dir):
         return None
     torch.ops.logprobs.set_threads(torch.get_num_threads())
-    num_blocks = _blocks_of(architecture, model, description, options)
+    num_blocks = blocks_that_fit(LeanModel.block_bytes(architecture, model.dtype), description, options, model.device)
     return LeanModel(architecture, description, dtype=model.dtype, num_blocks=num_blocks)
 
 
@@ -72,7 +72,8 @@ def _device_model(
     architecture = architecture_of(model, description.context_length)
     if architecture is None:
         return None
-    num_blocks = _blocks_of(architecture, model, description, options)
+    block_bytes = DeviceModel.block_bytes(architecture, model.dtype)
+    num_blocks = blocks_that_fit(block_bytes, description, options, model.device)
     try:
         served = DeviceModel(architecture, description, dtype=model.dtype, num_blocks=num_blocks, device=model.device)
         check(served)
@@ -84,12 +85,6 @@ def _device_model(
 
 def _is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-def _blocks_of(architecture: Architecture, model: Any, description: ModelDescription, options: LoadOptions) -> int:
-    kept = (architecture.key_heads, architecture.head_size)
-    shapes = [(kept, kept) for _ in architecture.layers]
-    return blocks_that_fit(shapes, kept_dtype(model.dtype), description, options, model.device)
 
 
 @torch.inference_mode()
