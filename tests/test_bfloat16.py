@@ -82,7 +82,8 @@ def test_heads_of_extreme_numbers_are_as_near_to_the_truth(tmp_path: Path) -> No
     block = model.transformer.h[0]
     with torch.no_grad():
         model.transformer.wpe.weight.zero_()
-        model.transformer.wte.weight.copy_(torch.where(torch.arange(VOCABULARY_SIZE) % 2 == 0, 1.0, -1.0)[:, None] * signs)
+        even = torch.arange(VOCABULARY_SIZE) % 2 == 0
+        model.transformer.wte.weight.copy_(torch.where(even, 1.0, -1.0)[:, None] * signs)
         block.attn.c_attn.weight.copy_((signs / size)[:, None] * torch.tensor([0.5, 0.5, 8.0]).repeat_interleave(size))
         block.attn.c_attn.bias.zero_()
         model.lm_head.weight.copy_(torch.randn(VOCABULARY_SIZE, size, generator=torch.Generator().manual_seed(0)))
