@@ -120,6 +120,29 @@ def test_what_is_idle_longest_goes_first_and_the_end_of_a_sequence_before_its_st
     assert pool.num_free == 2
 
 
+def use(pool: BlockPool, letters: str) -> bool:
+    """A sequence of these blocks, computed and ended; returns whether the first was known."""
+    blocks, chain = pool.find([token for letter in letters for token in block_of(letter)], len(letters))
+    pool.share(blocks)
+    new = pool.allocate(len(letters) - len(blocks))
+    for block, letter in zip(new, letters[len(blocks) :], strict=True):
+        chain = pool.remember(block, chain, block_of(letter))
+    pool.release(blocks + new)
+    return bool(blocks)
+
+
+def test_memory_is_used_for_the_first_time_only_where_it_proves_useful() -> None:
+    pool = BlockPool(100)
+    for letters in ("ab", "cd", "ef", "gh"):
+        use(pool, letters)
+    assert [use(pool, letters) for letters in ("gh", "ef")] == [True, True]  # what runs, and as much again
+    assert not use(pool, "cd")  # given up too early: from now on twice as much
+    assert [use(pool, letters) for letters in ("ij", "kl", "cd", "ij", "kl")] == [False, False, True, True, True]
+    for letter in "mnopqrstuv":
+        use(pool, letter)
+    assert sorted(pool.allocate(pool.num_blocks)) == list(range(1, 100))
+
+
 def test_the_same_tokens_are_found_only_behind_the_same_tokens() -> None:
     pool = BlockPool(5)
     first, second, other = pool.allocate(3)

@@ -13,6 +13,8 @@ __all__ = ["BLOCK_SIZE", "BlockPool", "blocks_for"]
 BLOCK_SIZE = 32
 """Tokens whose keys and values one block holds; kBlock in kernels/attention.h."""
 
+_GROWTH = 2
+"""Blocks used, of those ever held at once, until more prove useful."""
 _Content = tuple[int, tuple[int, ...]]
 """The number that stands for the tokens before a block, and the block's own."""
 
@@ -29,12 +31,19 @@ class BlockPool:
     A known block that nobody holds counts as free, but can be found again until its room is needed; the one that was
     held longest ago goes first. What a block holds is told by its tokens and by a number that stands for all before
     them, so that nothing but the very same tokens is ever found.
+
+    Memory that was never used costs more to use for the first time than the caches gain from most known blocks. So
+    blocks are used for the first time only as far as sequences hold them, and as many again; twice as many whenever
+    tokens are asked for whose block would still be known had more been used.
     """
 
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 2:
             raise ValueError(f"num_blocks: {num_blocks} is below 2")
-        self._free = list(range(num_blocks - 1, 0, -1))
+        self._free: list[int] = []
+        self._used = 1  # blocks from this on have never been used
+        self._most_held, self._growth = 0, _GROWTH
+        self._given_up: set[int] = set()  # hashes of what was known in blocks that were used again before all were used
         self._holders = [0] * num_blocks
         self._idle: dict[int, None] = {}  # known, held by nobody, longest idle first
         self._known: dict[_Content, int] = {}
@@ -46,7 +55,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + len(self._idle) + self.num_blocks + 1 - self._used
 
     def allocate(self, count: int) -> list[int]:
         """`count` free blocks, each held once from now on.
@@ -56,7 +65,8 @@ class BlockPool:
         """
         if count > self.num_free:
             raise ValueError(f"{count} blocks asked for, {self.num_free} are free")
-        blocks = [self._free.pop() if self._free else self._evicted() for _ in range(count)]
+        self._most_held = max(self._most_held, self.num_blocks - self.num_free + count)
+        blocks = [self._free.pop() if self._free else self._next() for _ in range(count)]
         for block in blocks:
             self._holders[block] = 1
         return blocks
@@ -98,15 +108,27 @@ class BlockPool:
         blocks: list[int] = []
         chain = 0
         for start in range(0, most * BLOCK_SIZE, BLOCK_SIZE):
-            block = self._known.get((chain, tuple(token_ids[start : start + BLOCK_SIZE])))
+            content = (chain, tuple(token_ids[start : start + BLOCK_SIZE]))
+            block = self._known.get(content)
             if block is None:
+                if hash(content) in self._given_up:
+                    self._growth *= 2
+                    self._given_up.clear()
                 break
             blocks.append(block)
             chain = self._chains[block]
         return blocks, chain
 
-    def _evicted(self) -> int:
-        """The block that has been idle longest, known no more."""
+    def _next(self) -> int:
+        """A block that has never been used, or the one that has been idle longest, known no more."""
+        if self._used <= self.num_blocks and (not self._idle or self._used <= self._growth * self._most_held):
+            self._used += 1
+            return self._used - 1
         block = next(iter(self._idle))
-        del self._idle[block], self._known[self._contents.pop(block)], self._chains[block]
+        content = self._contents.pop(block)
+        del self._idle[block], self._known[content], self._chains[block]
+        if self._used <= self.num_blocks:
+            if len(self._given_up) == self.num_blocks:
+                self._given_up.clear()
+            self._given_up.add(hash(content))
         return block
