@@ -173,13 +173,13 @@ class Layers {
     return [out, this](int64_t row, int64_t block, __m512 left, __m512 right) {
       const int64_t inner = shape_.inner, kind = shape_.activation;
       if (shape_.gated) {
-        const __m512 value = _mm512_mul_ps(activated(left, kind), right);
+        const __m512 value = _mm512_mul_ps(activated<T>(left, kind), right);
         store(out + row * inner + block * kLanes, value, first_lanes(inner - block * kLanes));
       } else {
         const int64_t column = block * kColumns;
-        store(out + row * inner + column, activated(left, kind), first_lanes(inner - column));
+        store(out + row * inner + column, activated<T>(left, kind), first_lanes(inner - column));
         if (inner > column + kLanes)
-          store(out + row * inner + column + kLanes, activated(right, kind), first_lanes(inner - column - kLanes));
+          store(out + row * inner + column + kLanes, activated<T>(right, kind), first_lanes(inner - column - kLanes));
       }
     };
   }
