@@ -10,6 +10,7 @@
 namespace logprobs {
 
 constexpr int64_t kBlock = 32;  // tokens in a block of the KV cache; BLOCK_SIZE in kv_cache.py
+constexpr __mmask32 kAll = ~__mmask32{0};
 constexpr int64_t kLines = 48;  // queries of heads that go through the same keys together
 constexpr int kDirect = 4;      // queries that wait for memory: they call for the next block while they read one
 
@@ -320,8 +321,21 @@ struct Shares {
   }
 };
 
+// What scores become before they are compared: those of pairs count in powers of 2, which cost fewer operations.
+template <class C>
+constexpr float kUnit = std::is_same_v<C, Pair> ? kLog2E : 1.0f;
+
+template <class C>
+__m512 power(__m512 x) {
+  if constexpr (std::is_same_v<C, Pair>)
+    return power_of_two(x);
+  else
+    return exponential(x);
+}
+
 // The largest of a line's scores of a block, of keys `seen` alone; masks the others.
 inline float peak_of(float* scores, __mmask32 seen) {
+  if (seen == kAll) return _mm512_reduce_max_ps(_mm512_max_ps(load(scores), load(scores + kLanes)));
   const __m512 masked = _mm512_set1_ps(kMasked);
   const __m512 left = _mm512_mask_mov_ps(masked, static_cast<__mmask16>(seen), load(scores));
   const __m512 right = _mm512_mask_mov_ps(masked, static_cast<__mmask16>(seen >> kLanes), load(scores + kLanes));
@@ -332,12 +346,13 @@ inline float peak_of(float* scores, __mmask32 seen) {
 
 // Once the peaks of a block are known: what sums before it fade to, and what it counts for itself. Of nothing but masked
 // scores the gain is 0.
-inline void advance(const Lines& lines, int64_t count) {
+template <class C>
+void advance(const Lines& lines, int64_t count) {
   each_vector(count, [&](int64_t l, __mmask16 lanes) {
     const __m512 before = load(lines.largest + l, lanes), peak = load(lines.peak + l, lanes);
     const __m512 now = _mm512_max_ps(before, peak);
-    store(lines.fade + l, exponential(_mm512_sub_ps(before, now)), lanes);
-    store(lines.gain + l, exponential(_mm512_sub_ps(peak, now)), lanes);
+    store(lines.fade + l, power<C>(_mm512_sub_ps(before, now)), lanes);
+    store(lines.gain + l, power<C>(_mm512_sub_ps(peak, now)), lanes);
     store(lines.largest + l, now, lanes);
   });
 }
@@ -346,15 +361,13 @@ inline void advance(const Lines& lines, int64_t count) {
 template <class C>
 void weigh(float* scores, const Lines& lines, int64_t l, const Shares& shares) {
   const __m512 peak = spread(lines.peak[l]);
-  const __m512 low = exponential(_mm512_sub_ps(load(scores), peak));
-  const __m512 high = exponential(_mm512_sub_ps(load(scores + kLanes), peak));
+  const __m512 low = power<C>(_mm512_sub_ps(load(scores), peak));
+  const __m512 high = power<C>(_mm512_sub_ps(load(scores + kLanes), peak));
   float* total = lines.totals + l * kLanes;
   const __m512 before = _mm512_mul_ps(load(total), spread(lines.fade[l]));
   store(total, _mm512_fmadd_ps(_mm512_add_ps(low, high), spread(lines.gain[l]), before));
   lines.gain[l] *= shares.put(low, high, reinterpret_cast<C*>(scores));
 }
-
-constexpr __mmask32 kAll = ~__mmask32{0};
 
 // Which of the 32 keys from `start` on a query at `position` sees.
 inline __mmask32 seen_keys(int64_t position, int64_t start, int64_t window) {
@@ -396,7 +409,7 @@ void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t h
         C* to = queries + from * cells + l - from;
         if constexpr (std::is_same_v<C, Pair>) {
           const float scale = scale_of(query, size, kLimit);
-          scales[l] = scale * look.scale;
+          scales[l] = scale * look.scale * kUnit<C>;
           each_pair(query, size, scale, [&](int64_t cell, Pair pair) { to[cell * many.value] = pair; });
         } else {
           for (int64_t i = 0; i < size; ++i) to[i * many.value] = query[i] * look.scale;
@@ -418,11 +431,11 @@ void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t h
       for (int64_t h = 0; h < group; ++h) {
         float* line = scores + (q * group + h) * kBlock;
         if (look.slopes != nullptr)
-          for (int64_t i = 0; i < kBlock; ++i) line[i] += look.slopes[head * group + h] * (begin + i);
+          for (int64_t i = 0; i < kBlock; ++i) line[i] += look.slopes[head * group + h] * kUnit<C> * (begin + i);
         state.peak[q * group + h] = peak_of(line, seen);
       }
     }
-    advance(state, lines);
+    advance<C>(state, lines);
     const Shares all(block, kAll);
     for (int64_t q = 0; q < count; ++q) {
       const __mmask32 seen = seen_keys(first + q, begin, look.window);
