@@ -73,9 +73,9 @@ int64_t cells_of(int64_t size) {
 // What one head keeps of a block.
 template <class C>
 struct Block {
-  C* keys;               // [cells][kBlock]
-  C* values;             // [kBlock / width][size]
-  float* key_scales;     // [kBlock], of pairs alone
+  C* keys;            // [cells][kBlock]
+  C* values;          // [kBlock / width][size]
+  float* key_scales;  // [kBlock], of pairs alone
   float* value_scales;
 };
 
@@ -145,11 +145,10 @@ inline void keep(const float* key, const float* value, int64_t size, int64_t slo
   const float scale = block.key_scales[slot] = scale_of(key, size, kKeyLimit);
   each_pair(key, size, scale, [&](int64_t cell, Pair pair) { block.keys[cell * kBlock + slot] = pair; });
   const float unit = block.value_scales[slot] = scale_of(value, size, kLimit);
-  const bool second = slot % 2 == 1;
+  const int half = slot % 2;  // of each pair, that which is this token's
   each_vector(size, [&](int64_t i, __mmask16 lanes) {
-    const __m512i numbers = whole(load(value + i, lanes), unit);
-    const __mmask32 halves = _pdep_u32(lanes, 0x55555555u) << (second ? 1 : 0);
-    _mm512_mask_storeu_epi16(block.values + slot / 2 * size + i, halves, second ? _mm512_slli_epi32(numbers, 16) : numbers);
+    const __m512i numbers = _mm512_sllv_epi32(whole(load(value + i, lanes), unit), _mm512_set1_epi32(16 * half));
+    _mm512_mask_storeu_epi16(block.values + slot / 2 * size + i, _pdep_u32(lanes, 0x55555555u) << half, numbers);
   });
 }
 
@@ -183,6 +182,7 @@ inline void call_for(const void* from) { _mm_prefetch(static_cast<const char*>(f
 inline __m512 add_product(__m512 sums, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sums); }
 inline __m512i add_product(__m512i sums, __m512i a, __m512i b) {
 #ifdef __AVX512VNNI__
+  // Of the intrinsic GCC 12 puts the sums aside after each product, which takes twice as long.
   asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
   return sums;
 #else
@@ -279,6 +279,7 @@ void mix_columns(const C* weights, const float* fades, const float* gains, const
   }
 }
 
+// As `mix_columns`, for all dimensions.
 template <int L, class C>
 void mix_block(const C* weights, const float* fades, const float* gains, const C* values, int64_t size, float* sums,
                const C* ahead) {
@@ -291,7 +292,7 @@ void mix_block(const C* weights, const float* fades, const float* gains, const C
   }
 }
 
-// The scales of a block's values that are seen, over the largest of them.
+// The scales of a block's values that are seen, as parts of `kLimit`, the largest of them; nothing of float32 values.
 struct Shares {
   __m512 first, second;
   float largest;

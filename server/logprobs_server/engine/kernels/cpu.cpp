@@ -1,5 +1,6 @@
 // The CPU's kernels as torch sees them: a decoder with packed weights and a cache of keys and values, and what is told
-// of logits. Residual stream, norms, attention, activations and all sums are float32; products take bfloat16 or float32.
+// of logits. Residual stream, norms, softmax, activations and sums are float32; products take bfloat16 or float32, those
+// of attention float32 or whole numbers (attention.h).
 // Every row's bits depend on that row and what precedes it in its sequence alone: see product.h and attention.h.
 // Knows nothing of requests or schedules. Shapes are the business of the Python side, which owns the tensors.
 
