@@ -346,7 +346,7 @@ inline float peak_of(float* scores, __mmask32 seen) {
 }
 
 // Once the peaks of a block are known: what sums before it fade to, and what it counts for itself. Of nothing but masked
-// scores the gain is 0.
+// scores the gain is 0, and the fade 1 to the last bit: a line must not notice blocks that only its company sees.
 template <class C>
 void advance(const Lines& lines, int64_t count) {
   each_vector(count, [&](int64_t l, __mmask16 lanes) {
