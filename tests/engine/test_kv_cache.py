@@ -143,6 +143,13 @@ def test_memory_is_used_for_the_first_time_only_where_it_proves_useful() -> None
     assert sorted(pool.allocate(pool.num_blocks)) == list(range(1, 100))
 
 
+def test_a_pool_that_spares_nothing_forgets_nothing_while_there_is_room() -> None:
+    pool = BlockPool(100, sparing=False)
+    for letters in ("ab", "cd", "ef", "gh"):
+        use(pool, letters)
+    assert use(pool, "ab")
+
+
 def test_the_same_tokens_are_found_only_behind_the_same_tokens() -> None:
     pool = BlockPool(5)
     first, second, other = pool.allocate(3)

@@ -72,7 +72,7 @@ class TorchEngine:
             context_length=description.context_length,
             prefill_per_decode=_PREFILL_PER_DECODE if model.device.type == "cpu" else None,
         )
-        self._pool = BlockPool(model.num_blocks)
+        self._pool = BlockPool(model.num_blocks, sparing=model.device.type == "cpu")
         self._scheduler = Scheduler(limits, self._pool, frozenset(description.eos_token_ids))
         self._noise = VocabularyNoise(description.vocabulary_size, model.device)
         elements = _GPU_SLICE_ELEMENTS if model.device.type == "cuda" else _SLICE_ELEMENTS

@@ -32,17 +32,17 @@ class BlockPool:
     held longest ago goes first. What a block holds is told by its tokens and by a number that stands for all before
     them, so that nothing but the very same tokens is ever found.
 
-    Memory that was never used costs more to use for the first time than the caches gain from most known blocks. So
-    blocks are used for the first time only as far as sequences hold them, and as many again; twice as many whenever
-    tokens are asked for whose block would still be known had more been used.
+    On a CPU, memory that was never used costs more to use for the first time than most known blocks ever spare. So a
+    sparing pool uses blocks for the first time only as far as sequences hold them, and as many again; twice as many
+    whenever tokens are asked for whose block would still be known had more been used.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, sparing: bool = True) -> None:
         if num_blocks < 2:
             raise ValueError(f"num_blocks: {num_blocks} is below 2")
         self._free: list[int] = []
         self._used = 1  # blocks from this on have never been used
-        self._most_held, self._growth = 0, _GROWTH
+        self._most_held, self._growth = 0, _GROWTH if sparing else num_blocks
         self._given_up: set[int] = set()  # hashes of what was known in blocks that were used again before all were used
         self._holders = [0] * num_blocks
         self._idle: dict[int, None] = {}  # known, held by nobody, longest idle first
