@@ -59,10 +59,12 @@ struct Heads {
 //   of whole numbers are exact: kKeyLimit · kLimit · 64 and kLimit · kLimit · 32 stay below 2^31.
 using Pair = int32_t;
 constexpr float kLimit = 8191.0f, kKeyLimit = 4095.0f;
-constexpr int64_t kCells = 32;  // cells of a key that one sum takes before it is added to the others
 
 template <class C>
 constexpr int64_t kWidth = std::is_same_v<C, Pair> ? 2 : 1;  // numbers in a cell
+
+template <class C>
+constexpr int64_t kCells = std::is_same_v<C, Pair> ? 32 : 1 << 20;  // cells of a key that one sum can take
 
 // Cells of a key of `size` numbers.
 template <class C>
@@ -222,8 +224,8 @@ struct Products {
 template <int L, class C>
 void score_block(const C* queries, const float* scales, const Block<C>& block, int64_t cells, float* scores,
                  const Block<C>& ahead) {
-  for (int64_t from = 0; from < cells; from += kCells) {
-    const int64_t to = std::min(cells, from + kCells);
+  for (int64_t from = 0; from < cells; from += kCells<C>) {
+    const int64_t to = std::min(cells, from + kCells<C>);
     Products<L, C> products;
     products.clear();
     for (int64_t i = from; i < to; ++i) {
