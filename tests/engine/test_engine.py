@@ -21,7 +21,15 @@ from fakes import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logprobs_server.engine.events import CompletionFinished, ContinuationScored, FinishReason, JobStarted, PromptScored
+from logprobs_server.engine.events import (
+    CompletionDecoded,
+    CompletionFinished,
+    ContinuationScored,
+    Event,
+    FinishReason,
+    JobStarted,
+    PromptScored,
+)
 from logprobs_server.engine.kv_cache import BLOCK_SIZE
 from logprobs_server.engine.types import (
     Continuation,
@@ -230,10 +238,12 @@ def test_a_cancelled_job_is_forgotten_within_a_step(job: Job, last_forward: int)
     with running_engine(model, max_sequences=4, max_step_tokens=4) as engine:
         listeners: list[Listener] = []
         submitted = threading.Event()
+        told: list[Event] = []
 
         def cancel(num_forwards: int) -> None:
             submitted.wait()
             if num_forwards == last_forward:
+                told.extend(listeners[0].events)
                 engine.cancel(listeners[0].ticket)
 
         model.before_forward = cancel
@@ -241,7 +251,26 @@ def test_a_cancelled_job_is_forgotten_within_a_step(job: Job, last_forward: int)
         submitted.set()
         other = Listener(engine, generate_job((1,), max_tokens=3))
         assert other.failure() is None
+        assert listeners[0].events == told
         assert engine.num_free_blocks == engine.num_blocks
+
+
+def test_what_a_pass_gave_is_told_before_the_next() -> None:
+    model = FakeModel()
+    told: list[int] = []
+    with running_engine(model) as engine:
+        listeners: list[Listener] = []
+        submitted = threading.Event()
+
+        def count(num_forwards: int) -> None:
+            submitted.wait()
+            told.append(sum(isinstance(event, CompletionDecoded) for event in listeners[0].events))
+
+        model.before_forward = count
+        listeners.append(Listener(engine, generate_job(PROMPT, max_tokens=5)))
+        submitted.set()
+        listeners[0].wait()
+    assert told == [0, 1, 2, 3, 4]
 
 
 def test_a_job_cancelled_while_it_waits_never_starts() -> None:

@@ -35,6 +35,7 @@ from logprobs_server.engine.reduction import candidates_of, drawn_of, positions_
 from logprobs_server.engine.sampling import DrawnToken
 from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits, Work
 from logprobs_server.engine.sequences import JobState, Row, Sequence
+from logprobs_server.engine.transfer import sent
 from logprobs_server.engine.types import EngineUnavailableError, Job, ModelDescription, Sink, Ticket, TokenBytes
 
 __all__ = ["TorchEngine"]
@@ -80,6 +81,7 @@ class TorchEngine:
         self._states: dict[Ticket, JobState] = {}
         self._arriving: set[Ticket] = set()  # submitted, and not seen by the engine's thread yet
         self._commands: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
+        self._untold: dict[Ticket, list[Event]] = {}  # what the last step gave
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -148,9 +150,12 @@ class TorchEngine:
                     self._fail(state, "ENGINE_FAILED", repr(error))
         for state in list(self._states.values()):
             self._fail(state, "SHUTTING_DOWN", "the engine was closed")
+        self._tell()
 
     def _receive(self) -> bool:
         """Takes the commands that wait, or waits for one if there is nothing to do; False ends the thread."""
+        if self._scheduler.idle:
+            self._tell()
         while self._scheduler.idle or not self._commands.empty():
             command, ticket = self._commands.get()
             if ticket is None:
@@ -159,22 +164,26 @@ class TorchEngine:
                 state = self._states[ticket] = JobState(ticket)
                 self._scheduler.add(state)
                 self._arriving.discard(ticket)
-            elif ticket in self._states:
-                self._scheduler.remove(self._states.pop(ticket))
+            else:
+                self._untold.pop(ticket, None)
+                if ticket in self._states:
+                    self._scheduler.remove(self._states.pop(ticket))
         return True
 
     @torch.inference_mode()
     def _step(self) -> None:
         self._end_late_jobs()
         self._scheduler.admit()
-        rows = self._compute(self._scheduler.schedule())
-        rows += self._start_branches()
+        rows, hidden = self._compute(self._scheduler.schedule())
+        started, following = self._start_branches()
+        rows += started
+        hidden += following
         scored: defaultdict[Sequence, list[PositionLogprobs]] = defaultdict(list)
         beams: dict[Sequence, BeamRow] = {}
+        wanted = torch.cat(hidden) if rows else torch.empty(0)
         for first in range(0, len(rows), self._slice_rows):
-            part = rows[first : first + self._slice_rows]
-            logits = self._model.logits(torch.stack([hidden for _, hidden in part])).float()
-            self._deliver([row for row, _ in part], logits, scored, beams)
+            part = slice(first, first + self._slice_rows)
+            self._deliver(rows[part], self._model.logits(wanted[part]).float(), scored, beams)
         self._extend_beams(beams)
         self._publish(scored)
 
@@ -186,42 +195,48 @@ class TorchEngine:
             if deadline_s <= now:
                 self._scheduler.expire(state, self._vocabulary)
 
-    def _compute(self, work: list[Work]) -> list[tuple[Row, Tensor]]:
-        """Runs the model once over the work; returns the rows wanted of it, each with its hidden state."""
+    def _compute(self, work: list[Work]) -> tuple[list[Row], list[Tensor]]:
+        """Runs the model once over the work; returns the rows wanted of it and their hidden states [rows, hidden]."""
+        self._tell()
         if not work:
-            return []
+            return [], []
         chunks = [
             Chunk(token_ids=w.sequence.token_ids[w.start : w.stop], start=w.start, blocks=w.sequence.blocks)
             for w in work
         ]
         hidden = self._model.forward(chunks)  # [tokens, hidden]
-        rows: list[tuple[Row, Tensor]] = []
+        rows: list[Row] = []
+        places: list[int] = []
         offset = 0
         for w in work:
             self._scheduler.computed(w)
-            rows += [(row, hidden[offset + index - w.start]) for index, row in w.sequence.rows_after(w.start, w.stop)]
+            for index, row in w.sequence.rows_after(w.start, w.stop):
+                rows.append(row)
+                places.append(offset + index - w.start)
             offset += w.stop - w.start
             if w.sequence.branch is None and w.stop == w.sequence.goal:
-                w.sequence.last_hidden = hidden[offset - 1].clone()
-        return rows
+                w.sequence.last_hidden = hidden[offset - 1 : offset].clone()
+        return rows, [hidden if len(places) == offset else hidden[sent(places, hidden.device)]]
 
-    def _start_branches(self) -> list[tuple[Row, Tensor]]:
-        """Starts branches where there is room; returns the rows that follow from their roots."""
+    def _start_branches(self) -> tuple[list[Row], list[Tensor]]:
+        """Starts branches where there is room; returns the rows that follow from their roots, and a state for each."""
         started = self._scheduler.start_branches()
         copies = [branch.copied_block for branch in started if branch.copied_block is not None]
         if copies:
             self._model.copy_blocks(copies)
-        rows: list[tuple[Row, Tensor]] = []
+        rows: list[Row] = []
+        hidden: list[Tensor] = []
         for branch in started:
             sequence, prefix = branch.sequence, branch.sequence.num_computed
             if sequence.completion is not None and sequence.completion.limit == 0:
                 sequence.job.events += sequence.completion.end(FinishReason.MAX_TOKENS)
                 self._scheduler.retire(sequence)
             elif branch.root is not None:
-                hidden = branch.root.last_hidden
-                rows += [(row, hidden) for _, row in sequence.rows_after(prefix - 1, prefix)]
+                following = [row for _, row in sequence.rows_after(prefix - 1, prefix)]
+                rows += following
+                hidden += [branch.root.last_hidden] * len(following)
         self._scheduler.retire_roots()
-        return rows
+        return rows, hidden
 
     def _deliver(
         self,
@@ -289,19 +304,22 @@ class TorchEngine:
                 events.append(JobFinished())
                 del self._states[state.ticket]
             if events:
-                self._tell(state, events)
+                self._untold.setdefault(state.ticket, []).extend(events)
 
     def _fail(self, state: JobState, reason: str, detail: str) -> None:
         """Ends a job that cannot go on; the others do not notice."""
         self._scheduler.remove(state)
         del self._states[state.ticket]
-        self._tell(state, [*state.events, JobFailed(reason=reason, detail=detail)])
+        self._untold.setdefault(state.ticket, []).extend([*state.events, JobFailed(reason=reason, detail=detail)])
 
-    def _tell(self, state: JobState, events: list[Event]) -> None:
-        try:
-            state.ticket.sink(events)
-        except Exception:  # a listener that is gone must not stop the engine
-            _log.exception("events could not be delivered")
+    def _tell(self) -> None:
+        """Hands over what was given: listeners run beside a pass of the model then, not beside our own Python."""
+        untold, self._untold = self._untold, {}
+        for ticket, events in untold.items():
+            try:
+                ticket.sink(events)
+            except Exception:  # a listener that is gone must not stop the engine
+                _log.exception("events could not be delivered")
 
 
 def _scored_event(sequence: Sequence, positions: list[PositionLogprobs]) -> Event:

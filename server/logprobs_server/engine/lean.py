@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -50,12 +49,11 @@ class LeanModel:
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""
-        token_ids = torch.tensor([token_id for chunk in chunks for token_id in chunk.token_ids])
-        positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + len(c.token_ids))])
-        first = torch.tensor([0, *accumulate(len(chunk.token_ids) for chunk in chunks)])
+        token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
+        counts = [len(chunk.token_ids) for chunk in chunks]
         width = max((chunk.start + len(chunk.token_ids) - 1) // BLOCK_SIZE + 1 for chunk in chunks)
-        tables = torch.tensor([[*c.blocks[:width], *[0] * (width - len(c.blocks))] for c in chunks])
-        hidden: Tensor = self._decoder.forward(token_ids, positions, first, tables)
+        blocks = [block for c in chunks for block in (*c.blocks[:width], *[0] * (width - len(c.blocks)))]
+        hidden: Tensor = self._decoder.forward(token_ids, [chunk.start for chunk in chunks], counts, blocks)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -143,23 +143,20 @@ def _kernel_statistics(
     logits: Tensor, token_ids: Sequence[int | None], counts: Sequence[int], options: Sequence[LogprobOptions]
 ) -> _Statistics:
     """By the CPU's kernels: two reads of the logits, no copy of them."""
-    rows = logits.shape[0]
-    floats, numbers = torch.zeros(rows, 5, dtype=torch.float64), torch.zeros(rows, 2, dtype=torch.int64)
-    values, ids = torch.zeros(rows, max(counts)), torch.zeros(rows, max(counts), dtype=torch.int64)
-    chosen = torch.tensor([token_id or 0 for token_id in token_ids])
-    moments = torch.tensor([option.entropy for option in options])
-    torch.ops.logprobs.row_statistics(logits, chosen, torch.tensor(counts), moments, floats, numbers, values, ids)
-    normalisers = floats[:, 0]
-    _, tails, entropies, _, odd = floats.float().T.tolist()
+    chosen = [token_id or 0 for token_id in token_ids]
+    normalisers, floats, numbers, top_logprobs, top_ids = torch.ops.logprobs.row_statistics(
+        logits, chosen, counts, [option.entropy for option in options]
+    )
+    logprobs, tails, entropies, odd = floats.T.tolist()
     ranks, largest_ids = numbers.T.tolist()
     return _Statistics(
         normalisers=normalisers,
         sound=[not flag for flag in odd],
-        chosen_logprobs=(floats[:, 3] - normalisers).float().tolist(),
+        chosen_logprobs=logprobs,
         ranks=ranks,
         largest_ids=largest_ids,
-        top_ids=ids.tolist(),
-        top_logprobs=(values.double() - normalisers.unsqueeze(-1)).float().tolist(),
+        top_ids=top_ids.tolist(),
+        top_logprobs=top_logprobs.tolist(),
         tails=tails,
         entropies=entropies,
     )

@@ -66,7 +66,7 @@ class Sequence:
         self.targets_from: int | None = None
         self.options = job.options
         self.completion: Completion | None = None
-        self.last_hidden: Any = None  # [hidden] of the token before the next one, while branches are to start here
+        self.last_hidden: Any = None  # [1, hidden] of the token before the next one, while branches are to start here
 
     @property
     def num_pending(self) -> int:

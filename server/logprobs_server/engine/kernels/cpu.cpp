@@ -234,13 +234,21 @@ class Decoder : public torch::CustomClassHolder {
       fill<BFloat16, Pair>(windows);
   }
 
-  // Hidden states [rows, hidden] float32 behind the last layer, before the final norm, of tokens [rows] that stand at
-  // positions [rows]; first [chunks + 1] and tables [chunks, width]: see `Step`. All int64.
-  Tensor forward(const Tensor& tokens, const Tensor& positions, const Tensor& first, const Tensor& tables) {
-    const Step step{positions.numel(), data<int64_t>(positions), first.numel() - 1, data<int64_t>(first),
-                    data<int64_t>(tables), tables.size(1)};
-    const Tensor residual = at::empty({step.rows, shape_.hidden}, at::kFloat);
-    std::visit([&](auto& layers) { layers->forward(data<int64_t>(tokens), step, data<float>(residual)); }, layers_);
+  // Hidden states [rows, hidden] float32 behind the last layer, before the final norm, of the chunks' tokens [rows].
+  // Each chunk has its first token's position, how many there are, and as many blocks as every other.
+  Tensor forward(const std::vector<int64_t>& tokens, const std::vector<int64_t>& starts,
+                 const std::vector<int64_t>& counts, const std::vector<int64_t>& blocks) {
+    const int64_t rows = tokens.size(), chunks = starts.size();
+    std::vector<int64_t> positions, first{0};
+    for (int64_t c = 0; c < chunks; ++c) {
+      for (int64_t i = 0; i < counts[c]; ++i) positions.push_back(starts[c] + i);
+      first.push_back(positions.size());
+    }
+    TORCH_CHECK(first.back() == rows, rows, " tokens of chunks that have ", first.back());
+    const int64_t width = blocks.size() / chunks;
+    const Step step{rows, positions.data(), chunks, first.data(), blocks.data(), width};
+    const Tensor residual = at::empty({rows, shape_.hidden}, at::kFloat);
+    std::visit([&](auto& layers) { layers->forward(tokens.data(), step, data<float>(residual)); }, layers_);
     return residual;
   }
 
@@ -312,8 +320,8 @@ TORCH_LIBRARY(logprobs, m) {
   m.def("huge_pages(int[] shape, ScalarType dtype) -> Tensor", huge_pages);
   m.def("pack(Tensor weight, Tensor(a!) packed) -> ()", pack);
   m.def(
-      "row_statistics(Tensor logits, Tensor chosen, Tensor wanted, Tensor entropies, Tensor(a!) floats, "
-      "Tensor(b!) counts, Tensor(c!) values, Tensor(d!) ids) -> ()",
+      "row_statistics(Tensor logits, int[] chosen, int[] wanted, bool[] entropies) -> (Tensor normalisers, Tensor floats, "
+      "Tensor counts, Tensor logprobs, Tensor ids)",
       row_statistics);
   m.def(
       "race(Tensor logits, Tensor temperatures, Tensor keys, Tensor(a!) winners, Tensor(b!) logprobs, Tensor(c!) sizes) "

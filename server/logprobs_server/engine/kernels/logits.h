@@ -3,7 +3,9 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/List.h>
 
+#include <tuple>
 #include <vector>
 
 #include "product.h"
@@ -109,10 +111,11 @@ inline void accumulate(float* row, int64_t begin, int64_t end, bool moments, Par
 
 // Where `row_statistics` puts what it finds of a row.
 struct Told {
-  double* floats;   // [5]: log-sum-exp, log of the mass outside the top, entropy, the chosen token's logit, 1 if odd
-  int64_t* counts;  // [2]: rank of the chosen token, id of the largest logit
-  float* values;    // the top's logits
-  int64_t* ids;     // and their ids
+  double* normaliser;  // log-sum-exp
+  float* floats;       // [4]: logprob of the chosen token, log of the mass outside the top, entropy, 1 if odd
+  int64_t* counts;     // [2]: rank of the chosen token, id of the largest logit
+  float* logprobs;     // the top's
+  int64_t* ids;        // and their ids
 };
 
 // Puts the parts of a row together; `limit` is the logit of the chosen token, +inf if that is the largest one's.
@@ -126,12 +129,10 @@ inline void conclude(float limit, int64_t top, const Part* parts, int64_t chunks
     odd = odd || parts[c].odd;
   }
   std::sort(merged.begin(), merged.end());
-  odd = odd || merged.empty() || merged.front().value == kMasked;
-  told.floats[4] = odd ? 1.0 : 0.0;
-  told.counts[0] = odd ? 0 : rank;
-  told.counts[1] = odd ? 0 : merged.front().id;
-  if (odd) return;
-  told.floats[3] = std::min(limit, merged.front().value);
+  if (odd || merged.empty() || merged.front().value == kMasked) {
+    told.floats[3] = 1.0f;
+    return;
+  }
   const float largest = merged.front().value;
   double tail = 0.0, moment = 0.0, head = 0.0;
   for (int64_t c = 0; c < chunks; ++c) {
@@ -144,44 +145,53 @@ inline void conclude(float limit, int64_t top, const Part* parts, int64_t chunks
     const double difference = static_cast<double>(merged[k].value) - largest, weight = std::exp(difference);
     (static_cast<int64_t>(k) < top ? head : tail) += weight;
     if (weight > 0) moment += weight * difference;
-    if (static_cast<int64_t>(k) < top) {
-      told.values[k] = merged[k].value;
-      told.ids[k] = merged[k].id;
-    }
   }
-  const double total = head + tail;
-  told.floats[0] = largest + std::log(total);
-  told.floats[1] = std::log(tail / total);
-  told.floats[2] = std::log(total) - moment / total;
+  const double total = head + tail, normaliser = largest + std::log(total);
+  const auto logprob = [&](float logit) { return static_cast<float>(static_cast<double>(logit) - normaliser); };
+  *told.normaliser = normaliser;
+  told.floats[0] = logprob(std::min(limit, largest));
+  told.floats[1] = static_cast<float>(std::log(tail / total));
+  told.floats[2] = static_cast<float>(std::log(total) - moment / total);
+  told.counts[0] = rank;
+  told.counts[1] = merged.front().id;
+  for (int64_t k = 0; k < std::min<int64_t>(top, merged.size()); ++k) {
+    told.logprobs[k] = logprob(merged[k].value);
+    told.ids[k] = merged[k].id;
+  }
 }
 
-// What is told of each row of logits [rows, vocab]. chosen [rows]: the token that stands there, -1 for the largest;
-// wanted [rows]: how many of the most probable; entropies [rows]: whether to sum up for it. floats [rows, 5] double,
-// counts [rows, 2], values and ids [rows, most]: see `Told`. Logits are left as they were.
-inline void row_statistics(const Tensor& logits, const Tensor& chosen, const Tensor& wanted, const Tensor& entropies,
-                           const Tensor& floats, const Tensor& counts, const Tensor& values, const Tensor& ids) {
-  const int64_t rows = logits.size(0), vocab = logits.size(1), most = values.size(1);
-  const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+// What is told of each row of logits [rows, vocab]: normalisers [rows] double, floats [rows, 4], counts [rows, 2],
+// logprobs and ids of the most probable tokens [rows, most], see `Told`; zeros where there is nothing to tell. Of each
+// row: chosen, the token that stands there, -1 for the largest; wanted, how many of the most probable; entropies, whether
+// to sum up for it. Logits are left as they were.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(const Tensor& logits, at::IntArrayRef chosen,
+                                                                         at::IntArrayRef wanted,
+                                                                         const c10::List<bool>& entropies) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1), chunks = (vocab + kChunk - 1) / kChunk;
+  const int64_t most = *std::max_element(wanted.begin(), wanted.end());
+  const Tensor normalisers = at::zeros({rows}, at::kDouble), floats = at::zeros({rows, 4}, at::kFloat);
+  const Tensor counts = at::zeros({rows, 2}, at::kLong), ids = at::zeros({rows, most}, at::kLong);
+  const Tensor logprobs = at::zeros({rows, most}, at::kFloat);
   float* all = data<float>(logits);
-  const int64_t *token = data<int64_t>(chosen), *tops = data<int64_t>(wanted);
-  const bool* moments = data<bool>(entropies);
   std::vector<float> limits(rows, std::numeric_limits<float>::infinity());
   for (int64_t r = 0; r < rows; ++r)
-    if (token[r] >= 0) limits[r] = all[r * vocab + token[r]];
+    if (chosen[r] >= 0) limits[r] = all[r * vocab + chosen[r]];
   std::vector<Part> parts(rows * chunks);
+  const std::vector<bool> moments(entropies.begin(), entropies.end());
   Team& team = Team::get();
   team.run([&] {
     team.each(rows * chunks, [&](int64_t i) {
       const int64_t r = i / chunks, begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
-      search(all + r * vocab, begin, end, limits[r], std::max<int64_t>(1, tops[r]), parts[i]);
+      search(all + r * vocab, begin, end, limits[r], std::max<int64_t>(1, wanted[r]), parts[i]);
       if (!parts[i].odd) accumulate(all + r * vocab, begin, end, moments[r], parts[i]);
     });
     team.each(rows, [&](int64_t r) {
-      const Told told{data<double>(floats) + 5 * r, data<int64_t>(counts) + 2 * r, data<float>(values) + most * r,
-                      data<int64_t>(ids) + most * r};
-      conclude(limits[r], tops[r], &parts[r * chunks], chunks, told);
+      conclude(limits[r], wanted[r], &parts[r * chunks], chunks,
+               Told{data<double>(normalisers) + r, data<float>(floats) + 4 * r, data<int64_t>(counts) + 2 * r,
+                    data<float>(logprobs) + most * r, data<int64_t>(ids) + most * r});
     });
   });
+  return {normalisers, floats, counts, logprobs, ids};
 }
 
 // What a token's hash becomes: 31 random bits for 16 tokens, as VocabularyNoise in random.py makes them.
