@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
@@ -33,6 +33,7 @@ _RETRY_S = 0.05
 
 _Request = TypeVar("_Request", bound=Message)
 _Plan = TypeVar("_Plan")
+_Read = TypeVar("_Read")
 
 
 class EngineOnLoop:
@@ -90,8 +91,11 @@ async def checked(check: Callable[[_Request], _Plan], request: _Request, *, cont
     return await asyncio.to_thread(check, request)
 
 
-async def run(engine: Engine, job: Job, *, patient: bool = False) -> AsyncIterator[Sequence[Event]]:
-    """Gives a job's events, all that wait at a time, until it has finished; left early, it cancels the job.
+async def run(
+    engine: Engine, job: Job, read: Callable[[Sequence[Event]], _Read], *, patient: bool = False
+) -> AsyncIterator[_Read]:
+    """Gives what `read` makes of a job's events, of all that wait at a time, until the job has finished; left early, it
+    cancels the job.
 
     Args:
         engine: one that calls its sinks on this event loop.
@@ -99,21 +103,50 @@ async def run(engine: Engine, job: Job, *, patient: bool = False) -> AsyncIterat
     Raises:
         OverloadedError, NotReadyError: the engine takes no job. EngineFailedError: it could not do this one.
     """
-    arrived: asyncio.Queue[Sequence[Event]] = asyncio.Queue()
-    ticket = await _submitted(engine, job, arrived.put_nowait, patient)
+    inbox = _Inbox(read)
+    ticket = await _submitted(engine, job, inbox.put, patient)
     try:
-        while True:
-            events = list(await arrived.get())
-            while not arrived.empty():
-                events += arrived.get_nowait()
-            last = events[-1]
-            if isinstance(last, JobFailed):
-                raise _failure(last)
-            yield events
-            if isinstance(last, JobFinished):
-                return
+        while not inbox.finished:
+            yield await inbox.take()
     finally:
         engine.cancel(ticket)
+
+
+class _Inbox(Generic[_Read]):
+    """Events that wait for one reader. If that waits for them they are read where they come in, those of all streams in
+    a row: messages of 16 streams took 44 us each between their sends, since to send one leaves nothing in the caches.
+    """
+
+    def __init__(self, read: Callable[[Sequence[Event]], _Read]) -> None:
+        self._read = read
+        self._events: list[Event] = []
+        self._reader: asyncio.Future[_Read] | None = None
+        self.finished = False
+
+    def put(self, events: Sequence[Event]) -> None:
+        """Takes what a step gave."""
+        self._events += events
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():  # it is if its task was cancelled
+            try:
+                reader.set_result(self._all())
+            except Exception as error:  # the reader's, who waits
+                reader.set_exception(error)
+
+    async def take(self) -> _Read:
+        """What there is, once there is something."""
+        if self._events:
+            return self._all()
+        self._reader = asyncio.get_running_loop().create_future()
+        return await self._reader
+
+    def _all(self) -> _Read:
+        events, self._events = self._events, []
+        last = events[-1]
+        if isinstance(last, JobFailed):
+            raise _failure(last)
+        self.finished = isinstance(last, JobFinished)
+        return self._read(events)
 
 
 async def scored(engine: Engine, builder: MessageBuilder, plan: ScorePlan, *, patient: bool = False) -> ScoreMessages:
@@ -124,7 +157,7 @@ async def scored(engine: Engine, builder: MessageBuilder, plan: ScorePlan, *, pa
     """
     messages = ScoreMessages(builder, plan)
     for number, job in enumerate(plan.jobs):
-        async for events in run(engine, job, patient=patient):
+        async for events in run(engine, job, tuple, patient=patient):
             for event in events:
                 messages.push(number, event)
     return messages

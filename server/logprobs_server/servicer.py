@@ -55,8 +55,8 @@ class LogprobsServicer(LogprobsServiceServicer):
         ready = self._ready()
         plan = await checked(partial(ready.validator.generate, received_s=time.monotonic()), request)
         messages = GenerateMessages(ready.builder, plan)
-        async for events in run(ready.engine, plan.job):
-            for message in messages.push(events):
+        async for several in run(ready.engine, plan.job, lambda events: list(messages.push(events))):
+            for message in several:
                 yield message
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
