@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import TypeVar
@@ -135,7 +135,8 @@ class MessageBuilder:
         assert token_id is not None
         token.id = token_id
         token.special = self._vocabulary.is_special(token_id)
-        token.special_name = self._spelling(token_id)[1]
+        if name := self._spelling(token_id)[1]:
+            token.special_name = name
         if position.logprob is not None and position.rank is not None:
             token.logprob, token.rank = position.logprob, position.rank
         self.tell_distribution(token, position, named_ids)
@@ -145,18 +146,21 @@ class MessageBuilder:
     ) -> None:
         """Adds all but a whole distribution. It is written where it stays: put into another, a message is encoded and
         decoded to get there."""
-        # Where there is no distribution there are no logprobs, whatever was named.
-        for add, ids, logprobs in (
-            (to.top.add, position.top_ids, position.top_logprobs),
-            (to.named.add, named_ids, position.named_logprobs),
-        ):
-            for token_id, logprob in zip(ids, logprobs, strict=False):
-                spelling, name = self._spelling(token_id)
-                add(id=token_id, bytes=spelling, logprob=logprob, special_name=name)
+        if position.top_ids:
+            self._add(to.top.add, position.top_ids, position.top_logprobs)
+        if position.named_logprobs:  # where there is no distribution there are none, whatever was named
+            self._add(to.named.add, named_ids, position.named_logprobs)
         if position.tail_logprob is not None:
             to.tail_logprob = position.tail_logprob
         if position.entropy is not None:
             to.entropy = position.entropy
+
+    def _add(self, add: Callable[..., pb.Alternative], ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        for token_id, logprob in zip(ids, logprobs, strict=True):
+            spelling, name = self._spelling(token_id)
+            added = add(id=token_id, bytes=spelling, logprob=logprob)
+            if name:
+                added.special_name = name
 
 
 class GenerateMessages:
@@ -233,6 +237,9 @@ class GenerateMessages:
             yield pb.GenerateResponse(prompt_scored=pb.PromptScored(tokens=part, text_changed=text.text_changed))
 
     def _decoded(self, events: Sequence[CompletionDecoded]) -> Iterator[pb.GenerateResponse]:
+        if len(events) == 1 and len(events[0].tokens) == 1:  # what a step gives most streams
+            yield from self._pieces(events[0])
+            return
         pieces = (piece for event in events for piece in self._pieces(event))
         for response, *others in parts(pieces, self._builder.response_bytes):
             deltas = {delta.completion: delta for delta in response.decoded.deltas}
