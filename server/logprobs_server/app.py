@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import signal
@@ -56,7 +57,7 @@ async def serve(config: Config) -> int:
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
-                gc.freeze()  # what is loaded stays; to look through it again and again would stop all streams for 0.1 s
+                _settle()
                 print(f"serving {loading.result()} on {config.host}:{server.port}", flush=True)
                 await stopping
             _log.info("stopping")
@@ -64,6 +65,13 @@ async def serve(config: Config) -> int:
         print(f"logprobs-server: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _settle() -> None:
+    """Keeps what loading did from stopping streams later, for 0.05 to 0.2 s each time."""
+    gc.freeze()  # what is loaded stays, and need not be looked through again and again
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc's
+        trim(0)  # after 10,000 pieces of messages protobuf has it done anyway
 
 
 class RunningServer:
