@@ -290,7 +290,7 @@ class TorchEngine:
             sequence.goal += 1
 
     def _publish(self, scored: dict[Sequence, list[PositionLogprobs]]) -> None:
-        """Tells every job what this step gave it, and lets go of the sequences and jobs that are done."""
+        """Puts down what this step gave every job, and lets go of the sequences and jobs that are done."""
         told: defaultdict[JobState, list[Event]] = defaultdict(list)
         for sequence, positions in scored.items():
             told[sequence.job].append(_scored_event(sequence, positions))
