@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 from logprobs.v1 import logprobs_pb2 as pb
@@ -55,7 +56,7 @@ class LogprobsServicer(LogprobsServiceServicer):
         ready = self._ready()
         plan = await checked(partial(ready.validator.generate, received_s=time.monotonic()), request)
         messages = GenerateMessages(ready.builder, plan)
-        async for several in run(ready.engine, plan.job, lambda events: list(messages.push(events))):
+        async for several in run(ready.engine, plan.job, lambda events: _begun(messages.push(events))):
             for message in several:
                 yield message
 
@@ -80,3 +81,8 @@ class LogprobsServicer(LogprobsServiceServicer):
         if self.ready is None:
             raise NotReadyError("the model is loading")
         return self.ready
+
+
+def _begun(messages: Iterator[pb.GenerateResponse]) -> Iterator[pb.GenerateResponse]:
+    """The messages, the first built already: a step gives one. Others wait for their turn, and hold nobody up."""
+    return chain(list(islice(messages, 1)), messages)

@@ -273,6 +273,24 @@ def test_what_a_pass_gave_is_told_before_the_next() -> None:
     assert told == [0, 1, 2, 3, 4]
 
 
+def test_the_end_of_a_job_is_told_though_the_last_one_beside_it_is_cancelled() -> None:
+    model = FakeModel()
+    with running_engine(model) as engine:
+        listeners: list[Listener] = []
+        submitted = threading.Event()
+
+        def cancel(num_forwards: int) -> None:
+            submitted.wait()
+            if sum(isinstance(event, CompletionDecoded) for event in listeners[0].events) == 2:  # its last pass
+                engine.cancel(listeners[1].ticket)
+
+        model.before_forward = cancel
+        listeners.append(Listener(engine, generate_job(PROMPT, max_tokens=3)))
+        listeners.append(Listener(engine, generate_job(PROMPT, max_tokens=200)))
+        submitted.set()
+        assert listeners[0].failure() is None
+
+
 def test_a_job_cancelled_while_it_waits_never_starts() -> None:
     with running_engine(FakeModel(), max_sequences=1) as engine:
         first = Listener(engine, generate_job(PROMPT, max_tokens=100))

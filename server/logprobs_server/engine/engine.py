@@ -148,15 +148,17 @@ class TorchEngine:
                 _log.exception("a step failed")
                 for state in self._scheduler.jobs:
                     self._fail(state, "ENGINE_FAILED", repr(error))
+                self._tell()
+        self._tell()
         for state in list(self._states.values()):
             self._fail(state, "SHUTTING_DOWN", "the engine was closed")
         self._tell()
 
     def _receive(self) -> bool:
         """Takes the commands that wait, or waits for one if there is nothing to do; False ends the thread."""
-        if self._scheduler.idle:
-            self._tell()
         while self._scheduler.idle or not self._commands.empty():
+            if self._commands.empty():  # about to wait
+                self._tell()
             command, ticket = self._commands.get()
             if ticket is None:
                 return False
