@@ -94,11 +94,12 @@ async def checked(check: Callable[[_Request], _Plan], request: _Request, *, cont
 async def run(
     engine: Engine, job: Job, read: Callable[[Sequence[Event]], _Read], *, patient: bool = False
 ) -> AsyncIterator[_Read]:
-    """Gives what `read` makes of a job's events, of all that wait at a time, until the job has finished; left early, it
+    """Gives what `read` makes of the events that wait, again and again until the job has finished; left early, it
     cancels the job.
 
     Args:
         engine: one that calls its sinks on this event loop.
+        read: called where events come in if they are waited for, else when they are asked for.
         patient: waits while the queue is full.
     Raises:
         OverloadedError, NotReadyError: the engine takes no job. EngineFailedError: it could not do this one.
@@ -124,13 +125,13 @@ class _Inbox(Generic[_Read]):
         self.finished = False
 
     def put(self, events: Sequence[Event]) -> None:
-        """Takes what a step gave."""
+        """Takes what a step gave. Never raises: what `read` raises is the reader's."""
         self._events += events
         reader, self._reader = self._reader, None
         if reader is not None and not reader.done():  # it is if its task was cancelled
             try:
                 reader.set_result(self._all())
-            except Exception as error:  # the reader's, who waits
+            except Exception as error:
                 reader.set_exception(error)
 
     async def take(self) -> _Read:

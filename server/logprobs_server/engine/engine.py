@@ -81,7 +81,7 @@ class TorchEngine:
         self._states: dict[Ticket, JobState] = {}
         self._arriving: set[Ticket] = set()  # submitted, and not seen by the engine's thread yet
         self._commands: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
-        self._untold: dict[Ticket, list[Event]] = {}  # what the last step gave
+        self._untold: defaultdict[Ticket, list[Event]] = defaultdict(list)  # given, and not told yet
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -176,7 +176,9 @@ class TorchEngine:
     def _step(self) -> None:
         self._end_late_jobs()
         self._scheduler.admit()
-        rows, hidden = self._compute(self._scheduler.schedule())
+        work = self._scheduler.schedule()
+        self._tell()
+        rows, hidden = self._compute(work)
         started, following = self._start_branches()
         rows += started
         hidden += following
@@ -198,8 +200,7 @@ class TorchEngine:
                 self._scheduler.expire(state, self._vocabulary)
 
     def _compute(self, work: list[Work]) -> tuple[list[Row], list[Tensor]]:
-        """Runs the model once over the work; returns the rows wanted of it and their hidden states [rows, hidden]."""
-        self._tell()
+        """Runs the model once over the work; returns the rows wanted of it, and their states [rows, hidden]."""
         if not work:
             return [], []
         chunks = [
@@ -221,7 +222,7 @@ class TorchEngine:
         return rows, [hidden if len(places) == offset else hidden[sent(places, hidden.device)]]
 
     def _start_branches(self) -> tuple[list[Row], list[Tensor]]:
-        """Starts branches where there is room; returns the rows that follow from their roots, and a state for each."""
+        """Starts branches where there is room; returns the rows that follow from their roots, states [1, hidden]."""
         started = self._scheduler.start_branches()
         copies = [branch.copied_block for branch in started if branch.copied_block is not None]
         if copies:
@@ -306,17 +307,17 @@ class TorchEngine:
                 events.append(JobFinished())
                 del self._states[state.ticket]
             if events:
-                self._untold.setdefault(state.ticket, []).extend(events)
+                self._untold[state.ticket] += events
 
     def _fail(self, state: JobState, reason: str, detail: str) -> None:
         """Ends a job that cannot go on; the others do not notice."""
         self._scheduler.remove(state)
         del self._states[state.ticket]
-        self._untold.setdefault(state.ticket, []).extend([*state.events, JobFailed(reason=reason, detail=detail)])
+        self._untold[state.ticket] += [*state.events, JobFailed(reason=reason, detail=detail)]
 
     def _tell(self) -> None:
-        """Hands over what was given: listeners run beside a pass of the model then, not beside our own Python."""
-        untold, self._untold = self._untold, {}
+        """Hands over what was given. Just before a pass: the kernels' leaves the interpreter to the listeners."""
+        untold, self._untold = self._untold, defaultdict(list)
         for ticket, events in untold.items():
             try:
                 ticket.sink(events)

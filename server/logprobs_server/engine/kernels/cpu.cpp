@@ -235,7 +235,7 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   // Hidden states [rows, hidden] float32 behind the last layer, before the final norm, of the chunks' tokens [rows].
-  // Each chunk has its first token's position, how many there are, and as many blocks as every other.
+  // Of each chunk: starts, its first token's position; counts, of its tokens; blocks, flat, as many as of every other.
   Tensor forward(const std::vector<int64_t>& tokens, const std::vector<int64_t>& starts,
                  const std::vector<int64_t>& counts, const std::vector<int64_t>& blocks) {
     const int64_t rows = tokens.size(), chunks = starts.size();
@@ -244,7 +244,7 @@ class Decoder : public torch::CustomClassHolder {
       for (int64_t i = 0; i < counts[c]; ++i) positions.push_back(starts[c] + i);
       first.push_back(positions.size());
     }
-    TORCH_CHECK(first.back() == rows, rows, " tokens of chunks that have ", first.back());
+    TORCH_CHECK(rows > 0 && first.back() == rows, "chunks of ", first.back(), " tokens, given ", rows);
     const int64_t width = blocks.size() / chunks;
     const Step step{rows, positions.data(), chunks, first.data(), blocks.data(), width};
     const Tensor residual = at::empty({rows, shape_.hidden}, at::kFloat);

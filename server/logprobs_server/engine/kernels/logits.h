@@ -168,6 +168,9 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(const T
                                                                          at::IntArrayRef wanted,
                                                                          const c10::List<bool>& entropies) {
   const int64_t rows = logits.size(0), vocab = logits.size(1), chunks = (vocab + kChunk - 1) / kChunk;
+  const int64_t given[] = {static_cast<int64_t>(chosen.size()), static_cast<int64_t>(wanted.size()),
+                           static_cast<int64_t>(entropies.size())};
+  for (const int64_t count : given) TORCH_CHECK(count == rows && rows > 0, rows, " rows, options of ", count);
   const int64_t most = *std::max_element(wanted.begin(), wanted.end());
   const Tensor normalisers = at::zeros({rows}, at::kDouble), floats = at::zeros({rows, 4}, at::kFloat);
   const Tensor counts = at::zeros({rows, 2}, at::kLong), ids = at::zeros({rows, most}, at::kLong);

@@ -194,8 +194,8 @@ void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>&
       }
       // The next of this member, if the others are as fast; behind the last block lie the weights of what comes next.
       const int64_t next = block + 1 < end ? block + 1 : end + (team.size() - 1) * width;
-      const char* soon = reinterpret_cast<const char*>(by.weights + (count > 2 ? next : block) * by.in * kColumns);
-      if (count <= 2) soon += kNear;
+      const auto at = [&](int64_t b) { return reinterpret_cast<const char*>(by.weights + b * by.in * kColumns); };
+      const char* soon = count > 2 ? at(next) : at(block) + kNear;  // see `Ahead`
       const int64_t groups = (count + kRows - 1) / kRows, share = by.in * kColumns * sizeof(T) / groups;
       each_group<kRows>(count, [&](auto group, int64_t row) {
         Sums<group.value> sums;
