@@ -20,7 +20,7 @@ class Arena {
   float* floats(int64_t count) {
     if (count > capacity_) {
       capacity_ = count;
-      floats_.reset(static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64)));
+      floats_.reset(static_cast<float*>(allocate(count * sizeof(float))));
     }
     return floats_.get();
   }
@@ -477,13 +477,10 @@ inline Tiles cut(const Step& step, const Heads& heads) {
   const int64_t height = std::max<int64_t>(8, kLines / heads.group());
   Tiles found;
   bool whole = true;
-  for (int64_t c = step.chunks - 1; c >= 0; --c) {
+  for (int64_t c = 0; c < step.chunks; ++c) {
     whole = whole && step.first[c + 1] - step.first[c] <= height;
-    for (int64_t row = step.first[c + 1]; row > step.first[c];) {
-      const int64_t count = std::min(height, row - step.first[c]);
-      row -= count;  // the longest first, so that the last to be taken are short
-      found.tiles.push_back({c, row, count});
-    }
+    for (int64_t row = step.first[c]; row < step.first[c + 1]; row += height)
+      found.tiles.push_back({c, row, std::min(height, step.first[c + 1] - row)});
   }
   if (whole) return found;
   for (int64_t c = 0; c < step.chunks; ++c)
@@ -508,7 +505,7 @@ void attend(Team& team, float* qkv, const Step& step, const Tiles& cuts, const H
   const int64_t tasks = cuts.tiles.size() * heads.key;
   team.each(tasks, [&](int64_t i) {
     const Tile& t = cuts.tiles[i / heads.key];
-    const int64_t head = i % heads.key, next = std::min(i + team.size(), tasks - 1);
+    const int64_t head = i % heads.key, next = std::min(i + 1, tasks - 1);
     if (count == 0) remember(qkv, step, t.chunk, t.row, t.row + t.count, head, heads, look, kept);
     const Tile& later = cuts.tiles[next / heads.key];
     const int64_t block = step.block(later.chunk, first_block(step, later, look) * kBlock);

@@ -3,7 +3,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/cpu/Utils.h>
-#include <ATen/native/CPUBlas.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -19,7 +18,6 @@ constexpr int64_t kColumns = 32;   // outputs that one block of packed weights g
 constexpr int64_t kInputs = 64;    // inputs that one float32 sum takes before it is added to the others
 constexpr int kRows = 12;          // rows that one read of a block serves: all registers hold sums
 constexpr int64_t kNear = 2048;    // bytes ahead that memory is called for where nothing but reading takes time
-constexpr int64_t kTileRows = 64;  // rows that go through AMX tiles together
 constexpr int64_t kRowTile = 192;  // rows whose inputs stay in the second cache while blocks pass
 
 template <class T>
@@ -27,14 +25,19 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// Memory in pages of 2 MiB where the system has them: a pass reads all weights, and small pages make it wait.
-inline Tensor huge(at::IntArrayRef shape, at::ScalarType type) {
+// Memory for std::free, in pages of 2 MiB where the system has them and it fills one: a pass reads all weights, and small
+// pages make it wait.
+inline void* allocate(int64_t bytes) {
   constexpr int64_t kPage = 2 << 20;
-  const int64_t bytes = c10::multiply_integers(shape) * c10::elementSize(type);
-  const int64_t whole = (std::max<int64_t>(bytes, 1) + kPage - 1) / kPage * kPage;
-  void* memory = std::aligned_alloc(kPage, whole);
+  const int64_t unit = bytes < kPage ? 64 : kPage, whole = (std::max<int64_t>(bytes, 1) + unit - 1) / unit * unit;
+  void* memory = std::aligned_alloc(unit, whole);
   TORCH_CHECK(memory != nullptr, "no memory for ", whole, " bytes");
-  madvise(memory, whole, MADV_HUGEPAGE);
+  if (unit == kPage) madvise(memory, whole, MADV_HUGEPAGE);
+  return memory;
+}
+
+inline Tensor huge(at::IntArrayRef shape, at::ScalarType type) {
+  void* memory = allocate(c10::multiply_integers(shape) * c10::elementSize(type));
   return at::from_blob(memory, shape, [](void* pointer) { std::free(pointer); }, at::TensorOptions().dtype(type));
 }
 
@@ -136,22 +139,127 @@ inline void multiply(const BFloat16* x, int64_t ldx, const BFloat16* weights, in
   }
 }
 
-// Whether bfloat16 products run on AMX tiles, which torch's own kernels fill; all rows then do, whatever their number.
+// AMX: 8 tiles of 16 rows, products of which take 32 inputs of 16 rows and 16 outputs at a time. Where a processor has
+// them, all bfloat16 products run on them, whatever the number of rows. Sums take the inputs in their order.
+constexpr int64_t kSide = 16;          // rows of a tile, and outputs
+constexpr int64_t kTileInputs = 32;    // inputs of a row in a tile
+constexpr int64_t kTileRows = 32;      // rows that go through tiles together
+constexpr int64_t kTallRowTile = 288;  // as kRowTile; reading the weights once more would take longer than products do
+constexpr int64_t kFarther = 4096;     // as kNear, of few rows
+
 inline bool on_tiles() {
-  static const bool supported = at::cpu::init_amx();
+#ifdef __AMX_BF16__
+  static const bool supported = at::cpu::init_amx();  // asks the system for leave
   return supported;
+#else
+  return false;
+#endif
 }
 
-// emit(row, left, right) for rows of x with one block of weights, through torch's kernel for a small product.
-template <class F>
-void multiply_on_tiles(const BFloat16* x, int64_t rows, int64_t ldx, const BFloat16* weights, int64_t in, F emit) {
-  alignas(64) float sums[kTileRows * kColumns];
-  for (int64_t row = 0; row < rows; row += kTileRows) {
-    const int64_t count = std::min(kTileRows, rows - row);
-    at::native::cpublas::brgemm(count, kColumns, in, ldx, kColumns, kColumns, false, x + row * ldx, weights, sums, true);
-    for (int64_t r = 0; r < count; ++r) emit(row + r, load(sums + r * kColumns), load(sums + r * kColumns + kLanes));
+#ifdef __AMX_BF16__
+// Shapes the tiles of this thread, which clears them: sums in 0 to 3, up to 32 rows of x in 4 and 5, weights in 6 and 7.
+inline void shape_tiles(int64_t rows) {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } shape;
+  const int64_t upper = std::min(rows, kSide), lower = rows - upper;
+  for (int tile = 0; tile < 8; ++tile) {
+    const bool low = tile == 2 || tile == 3 || tile == 5;
+    shape.rows[tile] = tile >= 6 ? kSide : low ? lower : upper;
+    shape.bytes[tile] = shape.rows[tile] > 0 ? 64 : 0;
+  }
+  asm volatile("" ::"r"(&shape) : "memory");  // the instruction is not known to read all of it
+  _tile_loadconfig(&shape);
+}
+
+// Adds 32 inputs of rows x times weights' lines to the sums. Rows are not to push the weights out of the first cache.
+template <bool kBoth>
+inline void tile_step(const BFloat16* x, int64_t ldx, const BFloat16* lines) {
+  constexpr int64_t kLine = 2 * kColumns;
+  _tile_loadd(6, lines, kLine * sizeof(BFloat16));
+  _tile_stream_loadd(4, x, ldx * sizeof(BFloat16));
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, lines + kColumns, kLine * sizeof(BFloat16));
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (kBoth) {
+    _tile_stream_loadd(5, x + kSide * ldx, ldx * sizeof(BFloat16));
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
 }
+
+// sums[rows][32] = x[rows, in] · weights of one block; calls between() with every 32 inputs, as vectors and tiles work
+// at the same time.
+template <bool kBoth, class F>
+inline void multiply_tiles(const BFloat16* x, int64_t rows, int64_t ldx, const BFloat16* weights, int64_t in, float* sums,
+                           F between) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kBoth) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const int64_t even = in / kTileInputs * kTileInputs;
+  for (int64_t i = 0; i < even; i += kTileInputs) {
+    tile_step<kBoth>(x + i, ldx, weights + i * kColumns);
+    between();
+  }
+  if (even < in) {  // the rest, with zeros behind it
+    alignas(64) BFloat16 inputs[kTileRows * kTileInputs] = {}, lines[kTileInputs * kColumns] = {};
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(x + r * ldx + even, in - even, inputs + r * kTileInputs);
+    std::copy_n(weights + even * kColumns, (in - even) * kColumns, lines);
+    asm volatile("" ::: "memory");  // the tiles' loads are not known to read them
+    tile_step<kBoth>(inputs, kTileInputs, lines);
+  }
+  constexpr int64_t kBytes = kColumns * sizeof(float);
+  _tile_stored(0, sums, kBytes);
+  _tile_stored(1, sums + kSide, kBytes);
+  if constexpr (kBoth) {
+    _tile_stored(2, sums + kSide * kColumns, kBytes);
+    _tile_stored(3, sums + kSide * kColumns + kSide, kBytes);
+  }
+}
+
+// emit(row, block, left, right) for rows of x with blocks begin … end - 1; sums of one group of rows are emitted while
+// the next is multiplied.
+template <class F>
+void product_on_tiles(const BFloat16* x, int64_t rows, int64_t ldx, const BFloat16* weights, int64_t in, int64_t begin,
+                      int64_t end, F emit) {
+  alignas(64) float sums[2][kTileRows * kColumns];
+  int64_t row = 0, block = 0, told = 0, count = 0;  // what waits to be emitted
+  const float* waiting = nullptr;
+  const auto tell = [&](int64_t most) {
+    for (const int64_t to = std::min(count, told + most); told < to; ++told)
+      emit(row + told, block, load(waiting + told * kColumns), load(waiting + told * kColumns + kLanes));
+  };
+  const int64_t groups = (rows + kTileRows - 1) / kTileRows, ahead = (kTileRows + groups - 1) / groups;
+  const int64_t each = (kTileRows * kTileInputs + in - 1) / in;  // told with every 32 inputs
+  int64_t shaped = 0;
+  asm volatile("" ::: "memory");  // x has been written by now
+  for (int64_t b = begin, turn = 0; b < end; ++b) {
+    const BFloat16* lines = weights + b * in * kColumns;
+    const char* soon = reinterpret_cast<const char*>(lines) + (groups > 1 ? in * kColumns * sizeof(BFloat16) : kFarther);
+    for (int64_t first = 0; first < rows; first += kTileRows, turn ^= 1) {
+      const int64_t now = std::min(kTileRows, rows - first);
+      if (now != shaped) shape_tiles(shaped = now);
+      const auto between = [&] {
+        for (int64_t line = 0; line < ahead; ++line, soon += 64) _mm_prefetch(soon, _MM_HINT_T1);
+        tell(each);
+      };
+      if (now > kSide)
+        multiply_tiles<true>(x + first * ldx, now, ldx, lines, in, sums[turn], between);
+      else
+        multiply_tiles<false>(x + first * ldx, now, ldx, lines, in, sums[turn], between);
+      tell(kTileRows);
+      row = first, block = b, told = 0, count = now, waiting = sums[turn];
+    }
+  }
+  tell(kTileRows);
+  _tile_release();
+}
+#endif
 
 // f(integral_constant R, first row) for rows in groups of nearly equal size, at most kMost each.
 template <int kMost, class F>
@@ -170,8 +278,10 @@ inline void each_group(int64_t rows, F f) {
 // added. Leading dimension of x: ldx. Called by every member of the team.
 template <class T, class F>
 void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>& by, F emit) {
-  const int64_t blocks = blocks_of(by.outputs), tiles = (rows + kRowTile - 1) / kRowTile;
-  const int64_t height = (rows + tiles - 1) / tiles;
+  const bool tiled = std::is_same_v<T, BFloat16> && on_tiles();
+  const int64_t most = tiled ? kTallRowTile : kRowTile, unit = tiled ? kTileRows : 1;
+  const int64_t blocks = blocks_of(by.outputs), least = (rows + most - 1) / most;
+  const int64_t height = ((rows + least - 1) / least + unit - 1) / unit * unit, tiles = (rows + height - 1) / height;
   const int64_t width = std::max<int64_t>(1, blocks / (8 * team.size())), shares = (blocks + width - 1) / width;
   const auto with_bias = [&](int64_t row, int64_t block, __m512 left, __m512 right) {
     if (by.bias != nullptr) {
@@ -184,18 +294,20 @@ void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>&
   team.each(tiles * shares, [&](int64_t task) {
     const int64_t top = task / shares * height, count = std::min(height, rows - top);
     const int64_t begin = task % shares * width, end = std::min(blocks, begin + width);
-    for (int64_t block = begin; block < end; ++block) {
-      if constexpr (std::is_same_v<T, BFloat16>) {
-        if (on_tiles()) {
-          multiply_on_tiles(x + top * ldx, count, ldx, by.weights + block * by.in * kColumns, by.in,
-                            [&](int64_t row, __m512 left, __m512 right) { with_bias(top + row, block, left, right); });
-          continue;
-        }
+#ifdef __AMX_BF16__
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (tiled) {
+        product_on_tiles(x + top * ldx, count, ldx, by.weights, by.in, begin, end,
+                         [&](int64_t row, int64_t block, __m512 left, __m512 right) {
+                           with_bias(top + row, block, left, right);
+                         });
+        return;
       }
-      // The next of this member, if the others are as fast; behind the last block lie the weights of what comes next.
-      const int64_t next = block + 1 < end ? block + 1 : end + (team.size() - 1) * width;
+    }
+#endif
+    for (int64_t block = begin; block < end; ++block) {
       const auto at = [&](int64_t b) { return reinterpret_cast<const char*>(by.weights + b * by.in * kColumns); };
-      const char* soon = count > 2 ? at(next) : at(block) + kNear;  // see `Ahead`
+      const char* soon = count > 2 ? at(block + 1) : at(block) + kNear;  // see `Ahead`
       const int64_t groups = (count + kRows - 1) / kRows, share = by.in * kColumns * sizeof(T) / groups;
       each_group<kRows>(count, [&](auto group, int64_t row) {
         Sums<group.value> sums;
@@ -205,9 +317,6 @@ void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>&
 #pragma GCC unroll 16
         for (int r = 0; r < group.value; ++r) with_bias(top + row + r, block, sums.at[r][0], sums.at[r][1]);
       });
-    }
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      if (on_tiles()) at::native::cpublas::brgemm_release(true);
     }
   });
 }

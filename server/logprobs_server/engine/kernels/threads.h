@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -43,6 +44,7 @@ class Team {
     const std::lock_guard<std::mutex> lock(running_);
     const uint32_t turn = turn_.load();
     for (; started_ < size; ++started_) std::thread([this, index = started_, turn] { serve(index, turn); }).detach();
+    if (size > size_ || shares_ == nullptr) shares_ = std::make_unique<Share[]>(size);
     size_ = size;
   }
 
@@ -57,13 +59,17 @@ class Team {
     }
     f();
     spin_until([this] { return busy_.load(std::memory_order_acquire) == 0; });
-    next_.store(0, std::memory_order_relaxed);
   }
 
-  // Inside `run`, by every member: f(i) for each i below `count`, shared out as members get free. All wait for the end.
+  // Inside `run`, by every member: f(i) for each i below `count`. All wait for the end. Each member has a share of its
+  // own, the same part of every `count`, so that what it wrote is in its caches; who is done helps the others.
   template <class F>
   void each(int64_t count, F f) {
-    for (int64_t i = next_++; i < count; i = next_++) f(i);
+    for (int64_t turn = 0; turn < size_; ++turn) {
+      const int64_t owner = (member_ + turn) % size_, begin = owner * count / size_, end = (owner + 1) * count / size_;
+      std::atomic<int64_t>& taken = shares_[owner].taken;
+      for (int64_t i = begin + taken++; i < end; i = begin + taken++) f(i);
+    }
     barrier();
   }
 
@@ -74,7 +80,7 @@ class Team {
     const uint32_t generation = generation_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
+      for (int64_t i = 0; i < size_; ++i) shares_[i].taken.store(0, std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
     } else {
       spin_until([&] { return generation_.load(std::memory_order_acquire) != generation; });
@@ -82,6 +88,7 @@ class Team {
   }
 
   void serve(int64_t index, uint32_t seen) {
+    member_ = index;
     for (;;) {
       for (int spins = 0; spins < kSpins + kYields && turn_.load(std::memory_order_acquire) == seen; ++spins)
         spins < kSpins ? _mm_pause() : std::this_thread::yield();
@@ -93,14 +100,19 @@ class Team {
     }
   }
 
+  struct alignas(64) Share {
+    std::atomic<int64_t> taken{0};
+  };
+
   static constexpr uint32_t kSizes = 1 << 12;
+  static inline thread_local int64_t member_ = 0;  // whoever calls `run` is the first
 
   std::mutex running_;
   const std::function<void()>* work_ = nullptr;
   int64_t size_ = 1, started_ = 1;
+  std::unique_ptr<Share[]> shares_;  // of each member
   alignas(64) std::atomic<uint32_t> turn_{0};  // number of the run, and how many members it has
   alignas(64) std::atomic<int64_t> busy_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
 };
