@@ -58,9 +58,9 @@ SPARE_BLOCKS = st.integers(0, 10)
 CHANCE = st.randoms(use_true_random=False)
 
 
-def scheduler_with(decoding: int, prompts: int) -> Scheduler:
+def scheduler_with(decoding: int, prompts: int, pace: int | None = 1) -> Scheduler:
     """A scheduler in which so many sequences decode and so many prompts of 900 tokens wait."""
-    limits = SchedulerLimits(max_sequences=40, max_step_tokens=512, context_length=1000, prefill_per_decode=2)
+    limits = SchedulerLimits(max_sequences=40, max_step_tokens=512, context_length=1000, prompt_pace=pace)
     scheduler = Scheduler(limits, BlockPool(2000), frozenset({EOS}))
     if decoding:
         scheduler.add(JobState(Ticket(generate_job(range(9), max_tokens=5, count=decoding), lambda events: None)))
@@ -78,21 +78,24 @@ def scheduler_with(decoding: int, prompts: int) -> Scheduler:
 
 
 @pytest.mark.parametrize(
-    ("decoding", "prompts", "most"),
+    ("decoding", "prompts", "pace", "most"),
     [
-        (0, 1, 512),
-        (1, 1, LEAST_PREFILL),
-        (20, 1, LEAST_PREFILL),
-        (20, 2, 40),
-        (30, 6, 60),
-        (2, 6, 6 * LEAST_PREFILL),
-        (1, 30, 511),
+        (0, 1, 1, 512),
+        (1, 1, 1, LEAST_PREFILL),
+        (20, 1, 1, LEAST_PREFILL),
+        (20, 2, 1, 40),
+        (30, 6, 1, 60),
+        (2, 6, 1, 6 * LEAST_PREFILL),
+        (1, 30, 1, 511),
+        (20, 1, 3, 3 * LEAST_PREFILL),
+        (30, 6, 3, 180),
+        (20, 2, None, 492),
     ],
 )
 def test_prompts_hold_decoding_sequences_up_only_as_far_as_more_wait_for_them(
-    decoding: int, prompts: int, most: int
+    decoding: int, prompts: int, pace: int | None, most: int
 ) -> None:
-    work = scheduler_with(decoding, prompts).schedule()
+    work = scheduler_with(decoding, prompts, pace).schedule()
     assert [part.stop - part.start for part in work] == [*[1] * decoding, most]
 
 

@@ -30,12 +30,15 @@ class Model(Protocol):
     """What the engine needs of a model.
 
     own_threads: whether it has threads of its own, which those of torch must not get in the way of.
+    prompt_pace: how many tokens of a prompt it computes in the time of one decoded token, as `SchedulerLimits` counts;
+        None: so many that nobody waits for them, on a GPU.
     """
 
     description: ModelDescription
     device: torch.device
     num_blocks: int
     own_threads: bool
+    prompt_pace: int | None
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""

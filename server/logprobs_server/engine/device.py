@@ -73,6 +73,7 @@ class DeviceModel:
         self.device = device
         self.num_blocks = num_blocks
         self.own_threads = False
+        self.prompt_pace: int | None = None
         self._whole = whole = _moved(architecture, device, {})
         self._dtype = dtype
         self._padding = Padding(tile=tile, slot=num_blocks * BLOCK_SIZE)

@@ -45,8 +45,6 @@ _log = logging.getLogger(__name__)
 _SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 6 << 20, 1 << 25
 """Logits reduced at a time: 24 MiB in float32, few enough to stay small, enough rows to keep the head a product. A GPU
 has room for more, and its host waits for every slice."""
-_PREFILL_PER_DECODE = 2
-"""A prompt's token costs a CPU what a decoded one does: a step then takes about three times what it takes without."""
 
 
 class TorchEngine:
@@ -71,7 +69,7 @@ class TorchEngine:
             max_sequences=max_sequences,
             max_step_tokens=max(max_step_tokens, max_sequences),
             context_length=description.context_length,
-            prefill_per_decode=_PREFILL_PER_DECODE if model.device.type == "cpu" else None,
+            prompt_pace=model.prompt_pace,
         )
         self._pool = BlockPool(model.num_blocks, sparing=model.device.type == "cpu")
         self._scheduler = Scheduler(limits, self._pool, frozenset(description.eos_token_ids))

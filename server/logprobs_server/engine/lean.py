@@ -23,6 +23,8 @@ __all__ = ["LeanModel", "packed_decoder"]
 
 _COLUMNS, _LANES = 32, 16
 """Outputs of a block of packed weights, and those of a gate that stand beside as many of its partner."""
+_TILES_PACE = 3
+"""Where products run on AMX tiles, a prompt's token takes a third of what a decoded one does."""
 
 
 class LeanModel:
@@ -35,6 +37,7 @@ class LeanModel:
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
         self.own_threads = True
+        self.prompt_pace = _TILES_PACE if dtype == torch.bfloat16 and torch.ops.logprobs.on_tiles() else 1
         # [blocks, layers, heads, cells]. Untouched memory costs nothing; a block's first token clears it.
         cells = _cells(architecture.head_size, dtype)
         kept = (num_blocks, len(architecture.layers), architecture.key_heads, cells)

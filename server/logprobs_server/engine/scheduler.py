@@ -24,9 +24,11 @@ from logprobs_server.engine.types import GenerateJob, TokenBytes
 __all__ = ["LEAST_PREFILL", "Scheduler", "SchedulerLimits", "StartedBranch", "Work"]
 
 LEAST_PREFILL = 20
-"""Prompt tokens computed in a step beside decoding sequences, for each prompt that waits."""
+"""Prompt tokens computed in a step beside decoding sequences, for each prompt that waits, at a pace of 1."""
+_PREFILL_PER_DECODE = 2
+"""Those computed at most for each decoding sequence: a step then takes about three times what it takes without."""
 _FAR = 2048
-"""Tokens before a prompt's token that make it cost twice what the first one does."""
+"""Tokens before a prompt's token that make it cost twice what the first one does, at a pace of 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,16 +37,17 @@ class SchedulerLimits:
 
     max_sequences: sequences alive at once.
     max_step_tokens: tokens computed in a step; every decoding sequence gets its token, prefill shares the rest.
-    prefill_per_decode: prompt tokens that a step computes at most for each decoding sequence in it, so that those are
-        not held up; None: as many as fit the step. Each prompt that waits adds `LEAST_PREFILL`, and the bound rises
-        where more wait than sequences decode, so that the many do not wait for the few. All this is of tokens that
-        start a prompt; far into one they are fewer, since each attends to all before it.
+    prompt_pace: prompt tokens that take as long as a decoded one. So that sequences that decode are not held up, a step
+        beside them computes few: `_PREFILL_PER_DECODE` for each of them at most, `LEAST_PREFILL` for each prompt that
+        waits, times the pace. The bound rises where more wait than sequences decode, so that the many do not wait for
+        the few. All this is of tokens that start a prompt; far into one they are fewer, since each attends to all
+        before it. None: as many as fit the step.
     """
 
     max_sequences: int
     max_step_tokens: int
     context_length: int
-    prefill_per_decode: int | None = None
+    prompt_pace: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +157,11 @@ class Scheduler:
         work = [_all_of(s) for s in self._sequences if s.decodes and s.num_pending == 1]
         room = self._limits.max_step_tokens - len(work)
         far = float("inf")  # without decoding sequences nobody minds what a token costs
-        if work and self._limits.prefill_per_decode is not None:
-            far = _FAR
-            wanted, decoding = LEAST_PREFILL * self._num_prompts, len(work)
-            most = max(self._limits.prefill_per_decode * decoding, 2 * wanted // decoding)
-            room = min(room, max(LEAST_PREFILL, min(wanted, most)))
+        if work and (pace := self._limits.prompt_pace) is not None:
+            far = _FAR / pace
+            wanted, decoding = pace * LEAST_PREFILL * self._num_prompts, len(work)
+            most = max(pace * _PREFILL_PER_DECODE * decoding, 2 * wanted // decoding)
+            room = min(room, max(pace * LEAST_PREFILL, min(wanted, most)))
         for sequence in self._sequences:
             pending = sequence.num_pending
             if pending and not (sequence.decodes and pending == 1) and room > 0:

@@ -317,6 +317,7 @@ TORCH_LIBRARY(logprobs, m) {
       .def("forward", &Decoder::forward)
       .def("logits", &Decoder::logits);
   m.def("set_threads(int count) -> ()", set_threads);
+  m.def("on_tiles() -> bool", on_tiles);
   m.def("huge_pages(int[] shape, ScalarType dtype) -> Tensor", huge_pages);
   m.def("pack(Tensor weight, Tensor(a!) packed) -> ()", pack);
   m.def(
