@@ -66,9 +66,10 @@ class Team {
   template <class F>
   void each(int64_t count, F f) {
     for (int64_t turn = 0; turn < size_; ++turn) {
-      const int64_t owner = (member_ + turn) % size_, begin = owner * count / size_, end = (owner + 1) * count / size_;
-      std::atomic<int64_t>& taken = shares_[owner].taken;
-      for (int64_t i = begin + taken++; i < end; i = begin + taken++) f(i);
+      const int64_t owner = (member_ + turn) % size_, begin = owner * count / size_;
+      const int64_t size = (owner + 1) * count / size_ - begin;
+      std::atomic<int64_t>& taken = shares_[owner].taken;  // looked at before it is taken hold of: most shares are done
+      for (int64_t i; taken.load(std::memory_order_relaxed) < size && (i = taken++) < size;) f(begin + i);
     }
     barrier();
   }
