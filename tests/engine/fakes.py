@@ -80,7 +80,7 @@ class FakeModel:
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
         self.own_threads = False
-        self.prompt_pace = 1
+        self.prompt_pace: int | None = 1
         self.num_forwards = 0
         self.before_forward: Callable[[int], None] = lambda num_forwards: None
         self._logits = logits

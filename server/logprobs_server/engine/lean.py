@@ -37,7 +37,7 @@ class LeanModel:
         self.device = torch.device("cpu")
         self.num_blocks = num_blocks
         self.own_threads = True
-        self.prompt_pace = _TILES_PACE if dtype == torch.bfloat16 and torch.ops.logprobs.on_tiles() else 1
+        self.prompt_pace: int | None = _TILES_PACE if dtype == torch.bfloat16 and torch.ops.logprobs.on_tiles() else 1
         # [blocks, layers, heads, cells]. Untouched memory costs nothing; a block's first token clears it.
         cells = _cells(architecture.head_size, dtype)
         kept = (num_blocks, len(architecture.layers), architecture.key_heads, cells)

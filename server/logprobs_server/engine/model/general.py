@@ -97,7 +97,7 @@ class TransformersModel:
         self._cache_name = _cache_name(self._body)
         shapes = _kv_shapes(self._body, self.device)
         self.own_threads = False
-        self.prompt_pace = 1 if self.device.type == "cpu" else None
+        self.prompt_pace: int | None = 1 if self.device.type == "cpu" else None
         numbers = BLOCK_SIZE * sum(heads * size for layer in shapes for heads, size in layer)
         self.num_blocks = blocks_that_fit(numbers * model.dtype.itemsize, description, options, self.device)
         self._layers = [
