@@ -16,6 +16,7 @@ using at::BFloat16;
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLanes = 16;
+constexpr int64_t kColumns = 32;  // outputs that one block of packed weights gives
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
