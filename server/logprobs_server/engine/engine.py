@@ -42,8 +42,8 @@ __all__ = ["TorchEngine"]
 
 _log = logging.getLogger(__name__)
 
-_SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 6 << 20, 1 << 25
-"""Logits reduced at a time: 24 MiB in float32, few enough to stay small, enough rows to keep the head a product. A GPU
+_SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 12 << 20, 1 << 25
+"""Logits reduced at a time: 48 MiB in float32, few enough to stay small, enough rows to keep the head a product. A GPU
 has room for more, and its host waits for every slice."""
 
 
