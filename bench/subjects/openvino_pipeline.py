@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import openvino
+import openvino
 import openvino_genai
 
 from bench.exchange import Task, Told
@@ -93,8 +94,9 @@ def _config(new_tokens: int, top: int) -> Any:
 
 @contextmanager
 def opened(model: str, dtype: str, threads: str) -> Iterator[Pipeline]:
-    """The model of the file, its keys and values as precise as its products."""
-    precision = {"bfloat16": "bf16", "float32": "f32"}[dtype]
+    """The model of the file, its keys and values as precise as its products; without bfloat16 ones in float32."""
+    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precision = "bf16" if dtype == "bfloat16" and able else "f32"
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size, scheduler.max_num_seqs, scheduler.enable_prefix_caching = _CACHE_GIB, _SEQUENCES, True
     properties = {

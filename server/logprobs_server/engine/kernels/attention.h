@@ -10,7 +10,7 @@
 namespace logprobs {
 
 constexpr int64_t kBlock = 32;  // tokens in a block of the KV cache; BLOCK_SIZE in kv_cache.py
-constexpr __mmask32 kAll = ~__mmask32{0};
+constexpr uint32_t kAll = ~uint32_t{0};
 constexpr int64_t kLines = 48;  // queries of heads that go through the same keys together
 constexpr int kDirect = 4;      // queries that wait for memory: they call for the next block while they read one
 
@@ -113,25 +113,25 @@ struct Look {
 // The scale under which `size` numbers become whole numbers up to `limit`: 0 if they count as 0; NaN or infinite if one
 // of them is, so that whatever it touches becomes NaN.
 inline float scale_of(const float* x, int64_t size, float limit) {
-  __m512i largest = _mm512_setzero_si512();  // compared as bits, which puts NaN above all
-  each_vector(size, [&](int64_t i, __mmask16 lanes) {
-    largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(load(x + i, lanes))));
+  Wholes largest = spread(0);  // compared as bits, which puts NaN above all
+  each_vector(size, [&](int64_t i, Mask lanes) {
+    largest = unsigned_max(largest, as_wholes(magnitude(load(x + i, lanes))));
   });
-  const float found = std::bit_cast<float>(_mm512_reduce_max_epu32(largest));
+  const float found = std::bit_cast<float>(unsigned_largest(largest));
   return found < 1e-30f ? 0.0f : found / limit;
 }
 
 // x over the scale, rounded to whole numbers.
-inline __m512i whole(__m512 x, float scale) {
-  return _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(scale == 0.0f ? 0.0f : 1.0f / scale)));
+inline Wholes whole(Floats x, float scale) {
+  return nearest(mul(x, spread(scale == 0.0f ? 0.0f : 1.0f / scale)));
 }
 
 // emit(cell, Pair) of x[size] under a scale, an odd last one with 0.
 template <class F>
 void each_pair(const float* x, int64_t size, float scale, F emit) {
   alignas(32) Pair pairs[kLanes / 2];
-  each_vector(size, [&](int64_t i, __mmask16 lanes) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), _mm512_cvtepi32_epi16(whole(load(x + i, lanes), scale)));
+  each_vector(size, [&](int64_t i, Mask lanes) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), lower_halves(whole(load(x + i, lanes), scale)));
     const int64_t count = (std::min(kLanes, size - i) + 1) / 2;
     for (int64_t p = 0; p < count; ++p) emit(i / 2 + p, pairs[p]);
   });
@@ -148,9 +148,8 @@ inline void keep(const float* key, const float* value, int64_t size, int64_t slo
   each_pair(key, size, scale, [&](int64_t cell, Pair pair) { block.keys[cell * kBlock + slot] = pair; });
   const float unit = block.value_scales[slot] = scale_of(value, size, kLimit);
   const int half = slot % 2;  // of each pair, that which is this token's
-  each_vector(size, [&](int64_t i, __mmask16 lanes) {
-    const __m512i numbers = _mm512_sllv_epi32(whole(load(value + i, lanes), unit), _mm512_set1_epi32(16 * half));
-    _mm512_mask_storeu_epi16(block.values + slot / 2 * size + i, _pdep_u32(lanes, 0x55555555u) << half, numbers);
+  each_vector(size, [&](int64_t i, Mask lanes) {
+    store_half(block.values + slot / 2 * size + i, whole(load(value + i, lanes), unit), half, lanes);
   });
 }
 
@@ -180,41 +179,31 @@ void remember(float* qkv, const Step& step, int64_t chunk, int64_t begin, int64_
 // Into the second cache: the first has room for few lines on their way (16 streams of 1,000 tokens: 21.0 ms, were 27.3).
 inline void call_for(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
 
-// sums + a · b, in each lane of one number or two.
-inline __m512 add_product(__m512 sums, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sums); }
-inline __m512i add_product(__m512i sums, __m512i a, __m512i b) {
-#ifdef __AVX512VNNI__
-  // Of the intrinsic GCC 12 puts the sums aside after each product, which takes twice as long.
-  asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
-  return sums;
-#else
-  return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
-#endif
-}
+inline Floats add_products(Floats sums, Floats a, Floats b) { return fmadd(a, b, sums); }
+inline Floats real(Floats x) { return x; }
 
-inline __m512 spread(float x) { return _mm512_set1_ps(x); }
-inline __m512i spread(Pair x) { return _mm512_set1_epi32(x); }
-inline __m512 real(__m512 x) { return x; }
-inline __m512 real(__m512i x) { return _mm512_cvtepi32_ps(x); }
-
-// What L lines of cells, as registers [line][left, right half of 32 columns], come to.
-template <int L, class C>
+// What L lines of cells, times S vectors of 16 at once, come to.
+template <int L, int S, class C>
 struct Products {
-  decltype(spread(C())) at[L][2];
+  decltype(spread(C())) at[L][S];
 
   void clear() {
 #pragma GCC unroll 16
-    for (int l = 0; l < L; ++l) at[l][0] = at[l][1] = spread(C(0));
+    for (int l = 0; l < L; ++l)
+      for (int s = 0; s < S; ++s) at[l][s] = spread(C(0));
   }
 
-  // Adds a cell of each line times 32 cells.
-  template <class V, class F>
-  void add(V left, V right, F cell) {
+  // Adds cell(l) of each line times the cells vector(s).
+  template <class F, class V>
+  void add(F cell, V vector) {
+    decltype(spread(C())) vectors[S];
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) vectors[s] = vector(s);
 #pragma GCC unroll 16
     for (int l = 0; l < L; ++l) {
       const auto by = spread(cell(l));
-      at[l][0] = add_product(at[l][0], by, left);
-      at[l][1] = add_product(at[l][1], by, right);
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) at[l][s] = add_products(at[l][s], by, vectors[s]);
     }
   }
 };
@@ -224,27 +213,30 @@ struct Products {
 template <int L, class C>
 void score_block(const C* queries, const float* scales, const Block<C>& block, int64_t cells, float* scores,
                  const Block<C>& ahead) {
-  for (int64_t from = 0; from < cells; from += kCells<C>) {
-    const int64_t to = std::min(cells, from + kCells<C>);
-    Products<L, C> products;
-    products.clear();
-    for (int64_t i = from; i < to; ++i) {
-      const C* line = block.keys + i * kBlock;
-      if constexpr (L <= kDirect)
-        for (int64_t at = 0; at < kBlock; at += kLanes) call_for(ahead.keys + i * kBlock + at);
-      products.add(load(line), load(line + kLanes), [&](int l) { return queries[i * L + l]; });
-    }
-#pragma GCC unroll 16
-    for (int l = 0; l < L; ++l)
+  constexpr int S = kVectors<L>;
 #pragma GCC unroll 2
-      for (int side = 0; side < 2; ++side) {
-        float* score = scores + l * kBlock + side * kLanes;
-        __m512 found = real(products.at[l][side]);
-        if constexpr (std::is_same_v<C, Pair>)
-          found = _mm512_mul_ps(found, _mm512_mul_ps(load(block.key_scales + side * kLanes), spread(scales[l])));
-        store(score, from == 0 ? found : _mm512_add_ps(load(score), found));
+  for (int64_t slot = 0; slot < kBlock; slot += S * kLanes)
+    for (int64_t from = 0; from < cells; from += kCells<C>) {
+      const int64_t to = std::min(cells, from + kCells<C>);
+      Products<L, S, C> products;
+      products.clear();
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t at = i * kBlock + slot;
+        if constexpr (L <= kDirect)
+          for (int s = 0; s < S; ++s) call_for(ahead.keys + at + s * kLanes);
+        products.add([&](int l) { return queries[i * L + l]; }, [&](int s) { return load(block.keys + at + s * kLanes); });
       }
-  }
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l)
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) {
+          float* score = scores + l * kBlock + slot + s * kLanes;
+          Floats found = real(products.at[l][s]);
+          if constexpr (std::is_same_v<C, Pair>)
+            found = mul(found, mul(load(block.key_scales + slot + s * kLanes), spread(scales[l])));
+          store(score, from == 0 ? found : add(load(score), found));
+        }
+    }
 }
 
 // The softmax so far of lines that go through the keys together (arXiv:2205.14135).
@@ -256,28 +248,35 @@ struct Lines {
   float* peak;     // [lines]: its largest score
 };
 
-// sums[L][size] · fade + weights[L][kBlock] · values[kBlock][size] · gain, for 32 dimensions from `i` on, those in the
-// masks, a block's sum from its first key to its last.
-template <int L, class C, class M>
+// sums[L][size] · fade + weights[L][kBlock] · values[kBlock][size] · gain, for S vectors of dimensions from `i` on, all of
+// them whole if `kWhole`, a block's sum from its first key to its last.
+template <int L, bool kWhole, class C>
 void mix_columns(const C* weights, const float* fades, const float* gains, const C* values, int64_t size, int64_t i,
-                 float* sums, const C* ahead, M first, M second) {
-  Products<L, C> products;
+                 float* sums, const C* ahead) {
+  constexpr int S = kVectors<L>;
+  const auto lanes = [&](int s) {
+    if constexpr (kWhole)
+      return All{};
+    else
+      return first_lanes(size - i - s * kLanes);
+  };
+  Products<L, S, C> products;
   products.clear();
   for (int64_t j = 0; j < kBlock / kWidth<C>; ++j) {
-    const C* line = values + j * size + i;
+    const int64_t at = j * size + i;
     if constexpr (L <= kDirect)
-      for (int64_t at = 0; at < 2 * kLanes; at += kLanes) call_for(ahead + j * size + i + at);
-    products.add(load(line, first), load(line + kLanes, second), [&](int l) { return weights[l * kBlock + j]; });
+      for (int s = 0; s < S; ++s) call_for(ahead + at + s * kLanes);
+    products.add([&](int l) { return weights[l * kBlock + j]; },
+                 [&](int s) { return load(values + at + s * kLanes, lanes(s)); });
   }
 #pragma GCC unroll 16
   for (int l = 0; l < L; ++l) {
-    float* to = sums + l * size + i;
-    const __m512 fade = spread(fades[l]), gain = spread(gains[l]);
-    const auto put = [&](float* at, auto products_of, M lanes) {
-      store(at, _mm512_fmadd_ps(real(products_of), gain, _mm512_mul_ps(load(at, lanes), fade)), lanes);
-    };
-    put(to, products.at[l][0], first);
-    put(to + kLanes, products.at[l][1], second);
+    const Floats fade = spread(fades[l]), gain = spread(gains[l]);
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) {
+      float* to = sums + l * size + i + s * kLanes;
+      store(to, fmadd(real(products.at[l][s]), gain, mul(load(to, lanes(s)), fade)), lanes(s));
+    }
   }
 }
 
@@ -285,41 +284,38 @@ void mix_columns(const C* weights, const float* fades, const float* gains, const
 template <int L, class C>
 void mix_block(const C* weights, const float* fades, const float* gains, const C* values, int64_t size, float* sums,
                const C* ahead) {
-  const int64_t even = size / (2 * kLanes) * (2 * kLanes);
-  for (int64_t i = 0; i < even; i += 2 * kLanes)
-    mix_columns<L>(weights, fades, gains, values, size, i, sums, ahead, All{}, All{});
-  if (even < size) {
-    const __mmask16 first = first_lanes(size - even), second = first_lanes(size - even - kLanes);
-    mix_columns<L>(weights, fades, gains, values, size, even, sums, ahead, first, second);
-  }
+  constexpr int64_t kStep = kVectors<L> * kLanes;
+  int64_t i = 0;
+  for (; i + kStep <= size; i += kStep) mix_columns<L, true>(weights, fades, gains, values, size, i, sums, ahead);
+  if (i < size) mix_columns<L, false>(weights, fades, gains, values, size, i, sums, ahead);
 }
 
 // The scales of a block's values that are seen, as parts of `kLimit`, the largest of them; nothing of float32 values.
 struct Shares {
-  __m512 first, second;
+  Floats first, second;
   float largest;
 
-  Shares(const Block<Pair>& block, __mmask32 seen) {
-    const __m512 left = _mm512_maskz_loadu_ps(static_cast<__mmask16>(seen), block.value_scales);
-    const __m512 right = _mm512_maskz_loadu_ps(static_cast<__mmask16>(seen >> kLanes), block.value_scales + kLanes);
-    const __m512i bits = _mm512_max_epu32(_mm512_castps_si512(left), _mm512_castps_si512(right));
-    largest = std::bit_cast<float>(_mm512_reduce_max_epu32(bits));  // NaN if one is
-    const __m512 over = _mm512_set1_ps(largest == 0.0f ? 0.0f : kLimit / largest);
-    first = _mm512_mul_ps(left, over);
-    second = _mm512_mul_ps(right, over);
+  Shares(const Block<Pair>& block, uint32_t seen) {
+    const Floats left = load(block.value_scales, static_cast<Mask>(seen));
+    const Floats right = load(block.value_scales + kLanes, static_cast<Mask>(seen >> kLanes));
+    const Wholes bits = unsigned_max(as_wholes(left), as_wholes(right));
+    largest = std::bit_cast<float>(unsigned_largest(bits));  // NaN if one is
+    const Floats over = spread(largest == 0.0f ? 0.0f : kLimit / largest);
+    first = mul(left, over);
+    second = mul(right, over);
   }
-  Shares(const Block<float>&, __mmask32) {}
+  Shares(const Block<float>&, uint32_t) {}
 
   // Weights as they are multiplied with values; returns what products of those with values are to be multiplied with.
-  float put(__m512 left, __m512 right, float* to) const {
+  float put(Floats left, Floats right, float* to) const {
     store(to, left);
     store(to + kLanes, right);
     return 1.0f;
   }
-  float put(__m512 left, __m512 right, Pair* to) const {
-    const auto narrow = [](__m512 x) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)); };
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(_mm512_mul_ps(left, first)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kLanes / 2), narrow(_mm512_mul_ps(right, second)));
+  float put(Floats left, Floats right, Pair* to) const {
+    const auto narrow = [](Floats x) { return lower_halves(nearest(x)); };
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(mul(left, first)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kLanes / 2), narrow(mul(right, second)));
     return largest / kLimit;
   }
 };
@@ -329,7 +325,7 @@ template <class C>
 constexpr float kUnit = std::is_same_v<C, Pair> ? kLog2E : 1.0f;
 
 template <class C>
-__m512 power(__m512 x) {
+Floats power(Floats x) {
   if constexpr (std::is_same_v<C, Pair>)
     return power_of_two(x);
   else
@@ -337,25 +333,25 @@ __m512 power(__m512 x) {
 }
 
 // The largest of a line's scores of a block, of keys `seen` alone; masks the others.
-inline float peak_of(float* scores, __mmask32 seen) {
-  if (seen == kAll) return _mm512_reduce_max_ps(_mm512_max_ps(load(scores), load(scores + kLanes)));
-  const __m512 masked = _mm512_set1_ps(kMasked);
-  const __m512 left = _mm512_mask_mov_ps(masked, static_cast<__mmask16>(seen), load(scores));
-  const __m512 right = _mm512_mask_mov_ps(masked, static_cast<__mmask16>(seen >> kLanes), load(scores + kLanes));
+inline float peak_of(float* scores, uint32_t seen) {
+  if (seen == kAll) return largest(max(load(scores), load(scores + kLanes)));
+  const Floats masked = spread(kMasked);
+  const Floats left = select(static_cast<Mask>(seen), load(scores), masked);
+  const Floats right = select(static_cast<Mask>(seen >> kLanes), load(scores + kLanes), masked);
   store(scores, left);
   store(scores + kLanes, right);
-  return _mm512_reduce_max_ps(_mm512_max_ps(left, right));
+  return largest(max(left, right));
 }
 
 // Once the peaks of a block are known: what sums before it fade to, and what it counts for itself. Of nothing but masked
 // scores the gain is 0, and the fade 1 to the last bit: a line must not notice blocks that only its company sees.
 template <class C>
 void advance(const Lines& lines, int64_t count) {
-  each_vector(count, [&](int64_t l, __mmask16 lanes) {
-    const __m512 before = load(lines.largest + l, lanes), peak = load(lines.peak + l, lanes);
-    const __m512 now = _mm512_max_ps(before, peak);
-    store(lines.fade + l, power<C>(_mm512_sub_ps(before, now)), lanes);
-    store(lines.gain + l, power<C>(_mm512_sub_ps(peak, now)), lanes);
+  each_vector(count, [&](int64_t l, Mask lanes) {
+    const Floats before = load(lines.largest + l, lanes), peak = load(lines.peak + l, lanes);
+    const Floats now = max(before, peak);
+    store(lines.fade + l, power<C>(sub(before, now)), lanes);
+    store(lines.gain + l, power<C>(sub(peak, now)), lanes);
     store(lines.largest + l, now, lanes);
   });
 }
@@ -363,20 +359,20 @@ void advance(const Lines& lines, int64_t count) {
 // Turns line l's scores of a block into weights, in their place.
 template <class C>
 void weigh(float* scores, const Lines& lines, int64_t l, const Shares& shares) {
-  const __m512 peak = spread(lines.peak[l]);
-  const __m512 low = power<C>(_mm512_sub_ps(load(scores), peak));
-  const __m512 high = power<C>(_mm512_sub_ps(load(scores + kLanes), peak));
+  const Floats peak = spread(lines.peak[l]);
+  const Floats low = power<C>(sub(load(scores), peak));
+  const Floats high = power<C>(sub(load(scores + kLanes), peak));
   float* total = lines.totals + l * kLanes;
-  const __m512 before = _mm512_mul_ps(load(total), spread(lines.fade[l]));
-  store(total, _mm512_fmadd_ps(_mm512_add_ps(low, high), spread(lines.gain[l]), before));
+  const Floats before = mul(load(total), spread(lines.fade[l]));
+  store(total, fmadd(add(low, high), spread(lines.gain[l]), before));
   lines.gain[l] *= shares.put(low, high, reinterpret_cast<C*>(scores));
 }
 
 // Which of the 32 keys from `start` on a query at `position` sees.
-inline __mmask32 seen_keys(int64_t position, int64_t start, int64_t window) {
+inline uint32_t seen_keys(int64_t position, int64_t start, int64_t window) {
   const auto below = [](int64_t count) -> uint64_t { return (uint64_t{1} << std::clamp<int64_t>(count, 0, kBlock)) - 1; };
   const uint64_t too_old = window > 0 ? below(position - window + 1 - start) : 0;
-  return static_cast<__mmask32>(below(position - start + 1) & ~too_old);
+  return static_cast<uint32_t>(below(position - start + 1) & ~too_old);
 }
 
 // Rows of one chunk that go through the keys together.
@@ -430,7 +426,7 @@ void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t h
       score_block<many.value>(queries + l * cells, scales + l, block, cells, scores + l * kBlock, ahead);
     });
     for (int64_t q = 0; q < count; ++q) {
-      const __mmask32 seen = seen_keys(first + q, begin, look.window);
+      const uint32_t seen = seen_keys(first + q, begin, look.window);
       for (int64_t h = 0; h < group; ++h) {
         float* line = scores + (q * group + h) * kBlock;
         if (look.slopes != nullptr)
@@ -441,7 +437,7 @@ void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t h
     advance<C>(state, lines);
     const Shares all(block, kAll);
     for (int64_t q = 0; q < count; ++q) {
-      const __mmask32 seen = seen_keys(first + q, begin, look.window);
+      const uint32_t seen = seen_keys(first + q, begin, look.window);
       const Shares shares = seen == kAll ? all : Shares(block, seen);
       for (int64_t l = q * group; l < (q + 1) * group; ++l) weigh<C>(scores + l * kBlock, state, l, shares);
     }
@@ -459,9 +455,9 @@ void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t h
   }
   for (int64_t l = 0; l < lines; ++l) {
     T* to = out + ((row + l / group) * heads.query + head * group + l % group) * size;
-    const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(load(totals + l * kLanes)));
-    each_vector(size, [&](int64_t i, __mmask16 lanes) {
-      store(to + i, _mm512_mul_ps(load(sums + l * size + i, lanes), share), lanes);
+    const Floats share = spread(1.0f / sum(load(totals + l * kLanes)));
+    each_vector(size, [&](int64_t i, Mask lanes) {
+      store(to + i, mul(load(sums + l * size + i, lanes), share), lanes);
     });
   }
 }

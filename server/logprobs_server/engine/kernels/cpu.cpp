@@ -84,8 +84,8 @@ class Layers {
   void forward(const int64_t* tokens, const Step& step, float* residual) {
     const Tiles cuts = cut(step, shape_.heads);
     room_.restart();
-    Buffers b{room_.take<T>(step.rows * shape_.hidden), room_.take<T>(step.rows * shape_.hidden),
-              room_.take<T>(step.rows * shape_.heads.query * shape_.heads.size), room_.take<T>(step.rows * shape_.inner),
+    Buffers b{room_.take<X>(step.rows * shape_.hidden), room_.take<X>(step.rows * shape_.hidden),
+              room_.take<X>(step.rows * shape_.heads.query * shape_.heads.size), room_.take<X>(step.rows * shape_.inner),
               room_.take<float>(step.rows * shape_.heads.width()), room_.take<float>(step.rows * shape_.hidden)};
     Team& team = Team::get();
     team.run([&] {
@@ -97,7 +97,7 @@ class Layers {
   // out [rows, vocab], at the start of a cache line, of hidden [rows, hidden].
   void logits(const float* hidden, int64_t rows, float* out) {
     room_.restart();
-    T* normed = room_.take<T>(rows * shape_.hidden);
+    X* normed = room_.take<X>(rows * shape_.hidden);
     Team& team = Team::get();
     team.run([&] {
       norm(team, hidden, rows, final_norm_, normed);
@@ -110,35 +110,37 @@ class Layers {
   }
 
  private:
+  using X = Input<T>;
+
   struct Buffers {
-    T *normed, *mlp_normed, *mixed, *active;
+    X *normed, *mlp_normed, *mixed, *active;
     float *qkv, *after;
   };
 
   void embed(int64_t token, int64_t position, float* row) const {
-    const __m512 scale = _mm512_set1_ps(shape_.embedding_scale);
-    each_vector(shape_.hidden, [&](int64_t i, __mmask16 lanes) {
-      __m512 value = _mm512_mul_ps(load(embedding_.tokens + token * shape_.hidden + i, lanes), scale);
+    const Floats scale = spread(shape_.embedding_scale);
+    each_vector(shape_.hidden, [&](int64_t i, Mask lanes) {
+      Floats value = mul(load(embedding_.tokens + token * shape_.hidden + i, lanes), scale);
       if (embedding_.positions != nullptr)
-        value = _mm512_add_ps(value, load(embedding_.positions + position * shape_.hidden + i, lanes));
+        value = add(value, load(embedding_.positions + position * shape_.hidden + i, lanes));
       store(row + i, value, lanes);
     });
     if (embedding_.norm.weight != nullptr) norm_row(row, shape_.hidden, embedding_.norm, row);
   }
 
   template <class O>
-  void norm(Team& team, const float* x, int64_t rows, const Norm& how, O* out, bool add = false) {
-    team.each(rows, [&](int64_t r) { norm_row(x + r * shape_.hidden, shape_.hidden, how, out + r * shape_.hidden, add); });
+  void norm(Team& team, const float* x, int64_t rows, const Norm& how, O* out, bool more = false) {
+    team.each(rows, [&](int64_t r) { norm_row(x + r * shape_.hidden, shape_.hidden, how, out + r * shape_.hidden, more); });
   }
 
   // norm(x) of all rows for the member that calls: of few rows by itself, in its own memory, since to wait for the others
   // takes longer; of many by the team, in `shared`.
-  const T* normed(Team& team, const float* x, int64_t rows, const Norm& how, T* shared, Arena& own) {
+  const X* normed(Team& team, const float* x, int64_t rows, const Norm& how, X* shared, Arena& own) {
     if (rows > kFew) {
       norm(team, x, rows, how, shared);
       return shared;
     }
-    T* out = reinterpret_cast<T*>(own.floats(rows * shape_.hidden));
+    X* out = reinterpret_cast<X*>(own.floats(rows * shape_.hidden));
     for (int64_t r = 0; r < rows; ++r) norm_row(x + r * shape_.hidden, shape_.hidden, how, out + r * shape_.hidden);
     return out;
   }
@@ -146,13 +148,13 @@ class Layers {
   // Puts a product's sums into out[rows, width], or adds them to it.
   template <bool kAdd = false>
   static auto put(float* out, int64_t width) {
-    return [out, width](int64_t row, int64_t block, __m512 left, __m512 right) {
+    return [out, width](int64_t row, int64_t block, Floats left, Floats right) {
       float* to = out + row * width + block * kColumns;
       const int64_t rest = width - block * kColumns;
-      const __mmask16 first = first_lanes(rest), second = first_lanes(rest - kLanes);
+      const Mask first = first_lanes(rest), second = first_lanes(rest - kLanes);
       if constexpr (kAdd) {
-        left = _mm512_add_ps(load(to, first), left);
-        right = _mm512_add_ps(load(to + kLanes, second), right);
+        left = add(load(to, first), left);
+        right = add(load(to + kLanes, second), right);
       }
       store(to, left, first);
       if (second != 0) store(to + kLanes, right, second);
@@ -162,19 +164,19 @@ class Layers {
   // Puts a product's sums into out[rows, width], a whole number of cache lines, past the caches: to fetch lines only to
   // overwrite them costs a tenth of the product. Whoever does so must fence.
   static auto stream(float* out, int64_t width) {
-    return [out, width](int64_t row, int64_t block, __m512 left, __m512 right) {
+    return [out, width](int64_t row, int64_t block, Floats left, Floats right) {
       float* to = out + row * width + block * kColumns;
-      _mm512_stream_ps(to, left);
-      if (block * kColumns + kLanes < width) _mm512_stream_ps(to + kLanes, right);
+      store_past_caches(to, left);
+      if (block * kColumns + kLanes < width) store_past_caches(to + kLanes, right);
     };
   }
 
   // Puts activation(x) into out[rows, inner]; of a gated product activation(left) · right, 16 of each to a block.
-  auto activate(T* out) const {
-    return [out, this](int64_t row, int64_t block, __m512 left, __m512 right) {
+  auto activate(X* out) const {
+    return [out, this](int64_t row, int64_t block, Floats left, Floats right) {
       const int64_t inner = shape_.inner, kind = shape_.activation;
       if (shape_.gated) {
-        const __m512 value = _mm512_mul_ps(activated<T>(left, kind), right);
+        const Floats value = mul(activated<T>(left, kind), right);
         store(out + row * inner + block * kLanes, value, first_lanes(inner - block * kLanes));
       } else {
         const int64_t column = block * kColumns;
@@ -188,7 +190,7 @@ class Layers {
   void layer(Team& team, float* residual, const Step& step, const Tiles& cuts, int64_t index, const Buffers& b) {
     const Weights<T>& w = layers_[index];
     const int64_t rows = step.rows, hidden = shape_.hidden, mixed = shape_.heads.query * shape_.heads.size;
-    const auto add_to_residual = [&](const T* x, int64_t width, const Packed<T>& by, const Norm& norm_after) {
+    const auto add_to_residual = [&](const X* x, int64_t width, const Packed<T>& by, const Norm& norm_after) {
       if (norm_after.weight != nullptr) {
         product(team, x, rows, width, by, put(b.after, hidden));
         norm(team, b.after, rows, norm_after, residual, true);
@@ -198,7 +200,7 @@ class Layers {
     };
     static thread_local Arena own, own_second;
     const auto mlp_input = [&] { return normed(team, residual, rows, w.mlp_norm, b.mlp_normed, own_second); };
-    const T* early = shape_.parallel ? mlp_input() : nullptr;
+    const X* early = shape_.parallel ? mlp_input() : nullptr;
     product(team, normed(team, residual, rows, w.input_norm, b.normed, own), rows, hidden, w.qkv,
             put(b.qkv, shape_.heads.width()));
     attend(team, b.qkv, step, cuts, shape_.heads, w.look,

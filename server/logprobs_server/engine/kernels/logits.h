@@ -42,16 +42,15 @@ template <class F>
 inline void each_four(int64_t begin, int64_t end, F f) {
   constexpr int64_t kFour = 4 * kLanes;
   int64_t i = begin;
-  for (; i + kFour <= end; i += kFour) f(i, [](int64_t) { return static_cast<__mmask16>(0xFFFF); });
+  for (; i + kFour <= end; i += kFour) f(i, [](int64_t) { return static_cast<Mask>(0xFFFF); });
   if (i < end) f(i, [&](int64_t v) { return first_lanes(end - i - v * kLanes); });
 }
 
 // Puts what is better than the worst of `best` into it, of 16 logits from row[begin] on, those of `lanes`.
-inline void choose(const float* row, int64_t begin, __mmask16 lanes, int64_t most, std::vector<Candidate>& best) {
+inline void choose(const float* row, int64_t begin, Mask lanes, int64_t most, std::vector<Candidate>& best) {
   const auto full = [&] { return static_cast<int64_t>(best.size()) == most; };
-  const __m512 x = load(row + begin, lanes);
-  __mmask16 better = full() ? _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(best.back().value), _CMP_GT_OQ)
-                            : _mm512_mask_cmp_ps_mask(lanes, x, x, _CMP_ORD_Q);
+  const Floats x = load(row + begin, lanes);
+  Mask better = lanes & (full() ? compare<_CMP_GT_OQ>(x, spread(best.back().value)) : compare<_CMP_ORD_Q>(x, x));
   for (; better != 0; better &= better - 1) {
     const int64_t id = begin + __builtin_ctz(better);
     if (!full() || row[id] > best.back().value) insert(best, most, {row[id], id});
@@ -60,26 +59,25 @@ inline void choose(const float* row, int64_t begin, __mmask16 lanes, int64_t mos
 
 // Finds the best of row[begin … end), and counts.
 inline void search(const float* row, int64_t begin, int64_t end, float limit, int64_t most, Part& part) {
-  const __m512 bound = _mm512_set1_ps(limit), finite = _mm512_set1_ps(std::numeric_limits<float>::max());
-  const __m512i one = _mm512_set1_epi32(1);
-  __m512i greater = _mm512_setzero_si512();
-  __mmask16 odd = 0;
+  const Floats bound = spread(limit), finite = spread(std::numeric_limits<float>::max());
+  Wholes greater = spread(0);
+  Flags odd = no_flags();
   part.best.clear();
   each_four(begin, end, [&](int64_t i, auto lanes) {
-    __m512 peak = _mm512_set1_ps(kMasked);
+    Floats peak = spread(kMasked);
 #pragma GCC unroll 4
     for (int64_t v = 0; v < 4; ++v) {
-      const __m512 x = _mm512_mask_loadu_ps(_mm512_set1_ps(kMasked), lanes(v), row + i + v * kLanes);
-      greater = _mm512_mask_add_epi32(greater, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), greater, one);
-      odd |= _mm512_cmp_ps_mask(x, finite, _CMP_NLE_UQ);
-      peak = _mm512_max_ps(peak, x);
+      const Floats x = load(row + i + v * kLanes, lanes(v), spread(kMasked));
+      greater = count_above(greater, x, bound);
+      odd = either(odd, flags<_CMP_NLE_UQ>(x, finite));
+      peak = max(peak, x);
     }
     const bool full = static_cast<int64_t>(part.best.size()) == most;
-    if (full && _mm512_cmp_ps_mask(peak, _mm512_set1_ps(part.best.back().value), _CMP_GT_OQ) == 0) return;
+    if (full && !any(flags<_CMP_GT_OQ>(peak, spread(part.best.back().value)))) return;
     for (int64_t v = 0; v < 4; ++v) choose(row, i + v * kLanes, lanes(v), most, part.best);
   });
-  part.greater += _mm512_reduce_add_epi32(greater);
-  part.odd |= odd != 0;
+  part.greater += sum(greater);
+  part.odd |= any(odd);
 }
 
 // Sums over row[begin … end), relative to the chunk's largest, of all that is not in `best`. Four vectors of weights are
@@ -88,25 +86,22 @@ inline void accumulate(float* row, int64_t begin, int64_t end, bool moments, Par
   part.largest = part.best.front().value;
   if (part.largest == kMasked) return;
   for (const Candidate& candidate : part.best) row[candidate.id] = kMasked;
-  __m512d total = _mm512_setzero_pd(), moment = _mm512_setzero_pd();
-  const __m512 largest = _mm512_set1_ps(part.largest), masked = _mm512_set1_ps(kMasked);
+  Doubles total = no_doubles(), moment = no_doubles();
+  const Floats largest = spread(part.largest), masked = spread(kMasked);
   each_four(begin, end, [&](int64_t i, auto lanes) {
-    __m512 weights = _mm512_setzero_ps();
+    Floats weights = spread(0.0f);
 #pragma GCC unroll 4
     for (int64_t v = 0; v < 4; ++v) {
-      const __m512 x = _mm512_sub_ps(_mm512_mask_loadu_ps(masked, lanes(v), row + i + v * kLanes), largest);
-      const __m512 weight = exponential(x);
-      weights = _mm512_add_ps(weights, weight);
-      if (moments) {
-        const __mmask16 counts = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_GT_OQ);
-        moment = _mm512_add_pd(moment, add_halves(_mm512_maskz_mul_ps(counts, weight, x)));
-      }
+      const Floats x = sub(load(row + i + v * kLanes, lanes(v), masked), largest);
+      const Floats weight = exponential(x);
+      weights = add(weights, weight);
+      if (moments) moment = add(moment, add_halves(mul_positive(weight, x)));
     }
-    total = _mm512_add_pd(total, add_halves(weights));
+    total = add(total, add_halves(weights));
   });
   for (const Candidate& candidate : part.best) row[candidate.id] = candidate.value;
-  part.total = _mm512_reduce_add_pd(total);
-  part.moment = _mm512_reduce_add_pd(moment);
+  part.total = sum(total);
+  part.moment = sum(moment);
 }
 
 // Where `row_statistics` puts what it finds of a row.
@@ -198,14 +193,14 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(const T
 }
 
 // What a token's hash becomes: 31 random bits for 16 tokens, as VocabularyNoise in random.py makes them.
-inline __m512i random_bits(__m512i ids, int32_t first, int32_t second) {
-  const auto times = [](__m512i x, uint32_t by) { return _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int32_t>(by))); };
-  __m512i bits = _mm512_add_epi32(times(ids, 0x9E3779B1u), _mm512_set1_epi32(first));
-  bits = times(_mm512_xor_si512(bits, _mm512_srli_epi32(bits, 16)), 0x85EBCA6Bu);
-  bits = _mm512_xor_si512(bits, _mm512_set1_epi32(second));
-  bits = times(_mm512_xor_si512(bits, _mm512_srli_epi32(bits, 13)), 0xC2B2AE35u);
-  bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 16));
-  return _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+inline Wholes random_bits(Wholes ids, int32_t first, int32_t second) {
+  const auto times = [](Wholes x, uint32_t by) { return mul(x, spread(static_cast<int32_t>(by))); };
+  Wholes bits = add(times(ids, 0x9E3779B1u), spread(first));
+  bits = times(bits_xor(bits, right_by(bits, 16)), 0x85EBCA6Bu);
+  bits = bits_xor(bits, spread(second));
+  bits = times(bits_xor(bits, right_by(bits, 13)), 0xC2B2AE35u);
+  bits = bits_xor(bits, right_by(bits, 16));
+  return bits_and(bits, spread(0x7FFFFFFF));
 }
 
 // A chunk's part of a race.
@@ -219,32 +214,32 @@ struct Leg {
 // with uniform variable u can only beat `best` if u <= -log(1 - u) < exp(x - best), which spares most of them two
 // logarithms.
 inline Leg run(const float* row, int64_t begin, int64_t end, float largest, float temperature, const int32_t* key) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   alignas(64) float scores[kLanes];
   Leg leg;
-  __m512d total = _mm512_setzero_pd();
-  __m512 slack = _mm512_set1_ps(std::numeric_limits<float>::infinity());  // exp(-best), a little more
+  Doubles total = no_doubles();
+  Floats slack = spread(std::numeric_limits<float>::infinity());  // exp(-best), a little more
   for (int64_t i = begin; i < end; i += kLanes) {
-    const __m512 raw = _mm512_mask_loadu_ps(_mm512_set1_ps(kMasked), first_lanes(end - i), row + i);
-    const __m512 x = _mm512_div_ps(_mm512_sub_ps(raw, _mm512_set1_ps(largest)), _mm512_set1_ps(temperature));
-    const __m512 weight = exponential(x);
-    total = _mm512_add_pd(total, add_halves(weight));
-    const __mmask16 possible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kMasked), _CMP_GT_OQ);
+    const Floats raw = load(row + i, first_lanes(end - i), spread(kMasked));
+    const Floats x = div(sub(raw, spread(largest)), spread(temperature));
+    const Floats weight = exponential(x);
+    total = add(total, add_halves(weight));
+    const Mask possible = compare<_CMP_GT_OQ>(x, spread(kMasked));
     leg.size += __builtin_popcount(possible);
-    const __m512i bits = random_bits(_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(i)), lanes), key[0], key[1]);
-    const Vec uniform = (Vec(_mm512_cvtepi32_ps(bits)) + Vec(0.5f)) * Vec(0x1p-31f);
-    const __m512 reach = _mm512_mul_ps(weight, slack);
-    if ((possible & _mm512_cmp_ps_mask(uniform, reach, _CMP_NGT_UQ)) == 0) continue;
-    const Vec score = Vec(x) - at::vec::minimum(uniform, Vec(1.0f - 0x1p-24f)).neg().log1p().neg().log();
-    score.store(scores);
+    const Wholes bits = random_bits(add(spread(static_cast<int32_t>(i)), ascending()), key[0], key[1]);
+    const Floats uniform = mul(add(real(bits), spread(0.5f)), spread(0x1p-31f));
+    const Floats reach = mul(weight, slack);
+    if ((possible & compare<_CMP_NGT_UQ>(uniform, reach)) == 0) continue;
+    store(scores, sub(x, through_torch(uniform, [](Vec u) {
+                        return at::vec::minimum(u, Vec(1.0f - 0x1p-24f)).neg().log1p().neg().log();
+                      })));
     for (int64_t l = 0; l < std::min(kLanes, end - i); ++l)
       if (scores[l] > leg.best) {
         leg.best = scores[l];
         leg.id = i + l;
-        slack = _mm512_set1_ps(std::exp(-leg.best) * 1.001f);
+        slack = spread(std::exp(-leg.best) * 1.001f);
       }
   }
-  leg.total = _mm512_reduce_add_pd(total);
+  leg.total = sum(total);
   return leg;
 }
 
@@ -264,10 +259,10 @@ inline void race(const Tensor& logits, const Tensor& temperatures, const Tensor&
     team.each(rows * chunks, [&](int64_t i) {
       const int64_t begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);
       const float* row = all + i / chunks * vocab;
-      __m512 peak = _mm512_set1_ps(kMasked);
+      Floats peak = spread(kMasked);
       for (int64_t j = begin; j < end; j += kLanes)
-        peak = _mm512_max_ps(peak, _mm512_mask_loadu_ps(peak, first_lanes(end - j), row + j));
-      peaks[i] = _mm512_reduce_max_ps(peak);
+        peak = max(peak, load(row + j, first_lanes(end - j), peak));
+      peaks[i] = logprobs::largest(peak);
     });
     team.each(rows * chunks, [&](int64_t i) {
       const int64_t r = i / chunks, begin = i % chunks * kChunk, end = std::min(vocab, begin + kChunk);

@@ -15,7 +15,7 @@ namespace logprobs {
 using at::Tensor;
 
 constexpr int64_t kInputs = 64;    // inputs that one float32 sum takes before it is added to the others
-constexpr int kRows = 12;          // rows that one read of a block serves: all registers hold sums
+constexpr int kRows = kWide ? 12 : 6;  // rows that one read of a block serves: all registers hold sums
 constexpr int64_t kNear = 2048;    // bytes ahead that memory is called for where nothing but reading takes time
 constexpr int64_t kRowTile = 192;  // rows whose inputs stay in the second cache while blocks pass
 
@@ -60,81 +60,105 @@ struct Packed {
   int64_t outputs, in;
 };
 
-// Sums of R rows with one block of weights, as registers [row][left, right half of the block].
+// What rows are multiplied with weights of type T as: bfloat16 where the processor multiplies that.
+#ifdef __AVX512BF16__
+template <class T>
+using Input = T;
+#else
+template <class T>
+using Input = float;
+#endif
+
+// Vectors of 16 that R rows are multiplied with at once: both of a block of 32, where registers have room for the sums.
 template <int R>
-struct Sums {
-  __m512 at[R][2];
-};
+constexpr int kVectors = kWide || R <= 2 ? 2 : 1;
 
 // What a group of rows calls for while it reads a block: its share of the block that comes next, so that memory is
 // read all the time, not only by the first group. One or two rows read as fast as memory gives; the block's own next
 // lines then come sooner (measured with one row: 57 GB/s, not 47).
 struct Ahead {
   const char* from;
-  int64_t groups;
+  int64_t passes;  // over a block
 
-  // The block's lines at `offset` bytes are being read.
+  // The block's lines at `offset` bytes are being read, in S vectors.
+  template <int S>
   void call(int64_t offset) const {
-    const char* line = from + offset / groups;
+    const char* line = from + offset / passes;
     _mm_prefetch(line, _MM_HINT_T1);
-    _mm_prefetch(line + 64, _MM_HINT_T1);
+    if constexpr (S == 2) _mm_prefetch(line + 64, _MM_HINT_T1);
   }
 };
 
-template <int R>
-inline void multiply(const float* x, int64_t ldx, const float* weights, int64_t in, const Ahead& ahead, Sums<R>& sums) {
+// sums[R][S] of R rows of x with S vectors of 16 weights of every input.
+template <int R, int S>
+inline void multiply(const float* x, int64_t ldx, const float* weights, int64_t in, const Ahead& ahead,
+                     Floats (&sums)[R][S]) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) sums.at[r][0] = sums.at[r][1] = _mm512_setzero_ps();
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s) sums[r][s] = spread(0.0f);
   for (int64_t from = 0; from < in; from += kInputs) {
     const int64_t to = std::min(in, from + kInputs);
-    __m512 part[R][2];
+    Floats part[R][S];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_setzero_ps();
+    for (int r = 0; r < R; ++r)
+      for (int s = 0; s < S; ++s) part[r][s] = spread(0.0f);
     for (int64_t i = from; i < to; ++i) {
-      const float* line = weights + i * kColumns;
-      ahead.call(i * kColumns * sizeof(float));
-      const __m512 left = _mm512_loadu_ps(line), right = _mm512_loadu_ps(line + 16);
+      ahead.call<S>(i * kColumns * sizeof(float));
+      Floats line[S];
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) line[s] = load(weights + i * kColumns + s * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const __m512 input = _mm512_set1_ps(x[r * ldx + i]);
-        part[r][0] = _mm512_fmadd_ps(input, left, part[r][0]);
-        part[r][1] = _mm512_fmadd_ps(input, right, part[r][1]);
+        const Floats input = spread(x[r * ldx + i]);
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) part[r][s] = fmadd(input, line[s], part[r][s]);
       }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-      for (int side = 0; side < 2; ++side) sums.at[r][side] = _mm512_add_ps(sums.at[r][side], part[r][side]);
+      for (int s = 0; s < S; ++s) sums[r][s] = add(sums[r][s], part[r][s]);
   }
 }
 
-// Products of pairs of bfloat16 numbers, added to the sums.
-inline __m512 add_pairs(__m512 sums, __m512i a, __m512i b) {
-#ifdef __AVX512BF16__
-  return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
-#else
-  const auto second = [](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xFFFF0000))); };
-  const auto first = [](__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); };
-  return _mm512_fmadd_ps(first(a), first(b), _mm512_fmadd_ps(second(a), second(b), sums));
-#endif
-}
-
-template <int R>
-inline void multiply(const BFloat16* x, int64_t ldx, const BFloat16* weights, int64_t in, const Ahead& ahead,
-                     Sums<R>& sums) {
+// As above, of weights in pairs of inputs.
+template <int R, int S>
+inline void multiply(const Input<BFloat16>* x, int64_t ldx, const BFloat16* weights, int64_t in, const Ahead& ahead,
+                     Floats (&sums)[R][S]) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) sums.at[r][0] = sums.at[r][1] = _mm512_setzero_ps();
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s) sums[r][s] = spread(0.0f);
   for (int64_t i = 0; i < in; i += 2) {
-    const BFloat16* line = weights + i * kColumns;
-    ahead.call(i * kColumns * sizeof(BFloat16));
-    const __m512i left = _mm512_loadu_si512(line), right = _mm512_loadu_si512(line + kColumns);
+    const int32_t* pairs = reinterpret_cast<const int32_t*>(weights + i * kColumns);
+    ahead.call<S>(i * kColumns * sizeof(BFloat16));
+#ifdef __AVX512BF16__
+    Wholes line[S];
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) line[s] = load(pairs + s * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       int32_t pair;
       std::memcpy(&pair, x + r * ldx + i, sizeof pair);
-      const __m512i input = _mm512_set1_epi32(pair);
-      sums.at[r][0] = add_pairs(sums.at[r][0], left, input);
-      sums.at[r][1] = add_pairs(sums.at[r][1], right, input);
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s)
+        sums[r][s] = _mm512_dpbf16_ps(sums[r][s], (__m512bh)line[s], (__m512bh)spread(pair));
     }
+#else
+#pragma GCC unroll 2
+    for (int which = 0; which < 2; ++which) {
+      Floats line[S];
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) {
+        const Wholes both = load(pairs + s * kLanes);
+        line[s] = as_floats(which == 0 ? left_by(both, 16) : bits_and(both, spread(-0x10000)));
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Floats input = spread(x[r * ldx + i + which]);
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) sums[r][s] = fmadd(input, line[s], sums[r][s]);
+      }
+    }
+#endif
   }
 }
 
@@ -154,28 +178,28 @@ inline void each_group(int64_t rows, F f) {
 // emit(row, block, left, right) for every row of x[rows, in] and every block of outputs: 16 + 16 sums with the bias
 // added. Leading dimension of x: ldx. Called by every member of the team.
 template <class T, class F>
-void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>& by, F emit) {
+void product(Team& team, const Input<T>* x, int64_t rows, int64_t ldx, const Packed<T>& by, F emit) {
   const bool tiled = std::is_same_v<T, BFloat16> && on_tiles();
   const int64_t most = tiled ? kTallRowTile : kRowTile, unit = tiled ? kTileRows : 1;
   const int64_t blocks = blocks_of(by.outputs), least = (rows + most - 1) / most;
   const int64_t height = ((rows + least - 1) / least + unit - 1) / unit * unit, tiles = (rows + height - 1) / height;
   const int64_t width = std::max<int64_t>(1, blocks / (8 * team.size())), shares = (blocks + width - 1) / width;
-  const auto with_bias = [&](int64_t row, int64_t block, __m512 left, __m512 right) {
+  const auto with_bias = [&](int64_t row, int64_t block, Floats left, Floats right) {
     if (by.bias != nullptr) {
       const int64_t column = block * kColumns, rest = by.outputs - column;
-      left = _mm512_add_ps(left, load(by.bias + column, first_lanes(rest)));
-      right = _mm512_add_ps(right, load(by.bias + column + kLanes, first_lanes(rest - kLanes)));
+      left = add(left, load(by.bias + column, first_lanes(rest)));
+      right = add(right, load(by.bias + column + kLanes, first_lanes(rest - kLanes)));
     }
     emit(row, block, left, right);
   };
   team.each(tiles * shares, [&](int64_t task) {
     const int64_t top = task / shares * height, count = std::min(height, rows - top);
     const int64_t begin = task % shares * width, end = std::min(blocks, begin + width);
-#ifdef __AMX_BF16__
+#ifdef LOGPROBS_TILES
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (tiled) {
         product_on_tiles(x + top * ldx, count, ldx, by.weights, by.in, begin, end,
-                         [&](int64_t row, int64_t block, __m512 left, __m512 right) {
+                         [&](int64_t row, int64_t block, Floats left, Floats right) {
                            with_bias(top + row, block, left, right);
                          });
         return;
@@ -185,14 +209,18 @@ void product(Team& team, const T* x, int64_t rows, int64_t ldx, const Packed<T>&
     for (int64_t block = begin; block < end; ++block) {
       const auto at = [&](int64_t b) { return reinterpret_cast<const char*>(by.weights + b * by.in * kColumns); };
       const char* soon = count > 2 ? at(block + 1) : at(block) + kNear;  // see `Ahead`
-      const int64_t groups = (count + kRows - 1) / kRows, share = by.in * kColumns * sizeof(T) / groups;
+      const int64_t groups = (count + kRows - 1) / kRows;
       each_group<kRows>(count, [&](auto group, int64_t row) {
-        Sums<group.value> sums;
-        multiply<group.value>(x + (top + row) * ldx, ldx, by.weights + block * by.in * kColumns, by.in,
-                              Ahead{soon, groups}, sums);
-        soon += share;
+        constexpr int R = group.value, S = kVectors<R>;
+        constexpr int64_t kWidth = S * kLanes * (std::is_same_v<T, float> ? 1 : 2);  // weights of an input, or of two
+        const int64_t passes = groups * 2 / S, share = by.in * kColumns * sizeof(T) / passes;
+        Floats sums[2 / S][R][S];
+#pragma GCC unroll 2
+        for (int pass = 0; pass < 2 / S; ++pass, soon += share)
+          multiply(x + (top + row) * ldx, ldx, by.weights + block * by.in * kColumns + pass * kWidth, by.in,
+                   Ahead{soon, passes}, sums[pass]);
 #pragma GCC unroll 16
-        for (int r = 0; r < group.value; ++r) with_bias(top + row + r, block, sums.at[r][0], sums.at[r][1]);
+        for (int r = 0; r < R; ++r) with_bias(top + row + r, block, sums[0][r][0], sums[2 / S - 1][r][S - 1]);
       });
     }
   });

@@ -10,6 +10,10 @@
 
 #include "rows.h"
 
+#if defined(__AMX_BF16__) && defined(__AVX512F__)
+#define LOGPROBS_TILES
+#endif
+
 namespace logprobs {
 
 constexpr int64_t kSide = 16;          // rows of a tile, and outputs
@@ -19,7 +23,7 @@ constexpr int64_t kTallRowTile = 288;  // as kRowTile; reading the weights once 
 constexpr int64_t kFarther = 4096;     // as kNear, of few rows
 
 inline bool on_tiles() {
-#ifdef __AMX_BF16__
+#ifdef LOGPROBS_TILES
   static const bool supported = at::cpu::init_amx();  // asks the system for leave
   return supported;
 #else
@@ -27,7 +31,7 @@ inline bool on_tiles() {
 #endif
 }
 
-#ifdef __AMX_BF16__
+#ifdef LOGPROBS_TILES
 // Shapes the tiles of this thread, which clears them: sums in 0 to 3, up to 32 rows of x in 4 and 5, weights in 6 and 7.
 inline void shape_tiles(int64_t rows) {
   struct alignas(64) {
