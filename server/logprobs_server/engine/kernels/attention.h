@@ -179,7 +179,6 @@ void remember(float* qkv, const Step& step, int64_t chunk, int64_t begin, int64_
 // Into the second cache: the first has room for few lines on their way (16 streams of 1,000 tokens: 21.0 ms, were 27.3).
 inline void call_for(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
 
-inline Floats add_products(Floats sums, Floats a, Floats b) { return fmadd(a, b, sums); }
 inline Floats real(Floats x) { return x; }
 
 // What L lines of cells, times S vectors of 16 at once, come to.

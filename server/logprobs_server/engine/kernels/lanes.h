@@ -65,6 +65,7 @@ inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats fmadd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats fmsub(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
+inline Floats add_products(Floats sums, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sums); }
 inline Floats fnmadd(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // b if one is NaN
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b if one is NaN
@@ -242,6 +243,13 @@ inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm
 inline Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 inline Floats fmadd(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+// As `fmadd`. Of the intrinsic GCC 12 moves the sums about, for which there are too few registers.
+inline Floats add_products(Floats sums, Floats a, Floats b) {
+  __m256 low = sums.low, high = sums.high;
+  asm volatile("vfmadd231ps %2, %1, %0" : "+x"(low) : "x"(a.low), "x"(b.low));
+  asm volatile("vfmadd231ps %2, %1, %0" : "+x"(high) : "x"(a.high), "x"(b.high));
+  return {low, high};
 }
 inline Floats fmsub(Floats a, Floats b, Floats c) {
   return {_mm256_fmsub_ps(a.low, b.low, c.low), _mm256_fmsub_ps(a.high, b.high, c.high)};

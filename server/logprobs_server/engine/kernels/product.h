@@ -78,58 +78,87 @@ constexpr int kVectors = kWide || R <= 2 ? 2 : 1;
 // lines then come sooner (measured with one row: 57 GB/s, not 47).
 struct Ahead {
   const char* from;
-  int64_t passes;  // over a block
+  int64_t step;  // bytes of it while 128 of the block are read
 
-  // The block's lines at `offset` bytes are being read, in S vectors.
   template <int S>
-  void call(int64_t offset) const {
-    const char* line = from + offset / passes;
-    _mm_prefetch(line, _MM_HINT_T1);
-    if constexpr (S == 2) _mm_prefetch(line + 64, _MM_HINT_T1);
+  void call() {
+    _mm_prefetch(from, _MM_HINT_T1);
+    if constexpr (S == 2) _mm_prefetch(from + 64, _MM_HINT_T1);
+    from += step;
   }
 };
 
-// sums[R][S] of R rows of x with S vectors of 16 weights of every input.
-template <int R, int S>
-inline void multiply(const float* x, int64_t ldx, const float* weights, int64_t in, const Ahead& ahead,
-                     Floats (&sums)[R][S]) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s) sums[r][s] = spread(0.0f);
-  for (int64_t from = 0; from < in; from += kInputs) {
-    const int64_t to = std::min(in, from + kInputs);
-    Floats part[R][S];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-      for (int s = 0; s < S; ++s) part[r][s] = spread(0.0f);
-    for (int64_t i = from; i < to; ++i) {
-      ahead.call<S>(i * kColumns * sizeof(float));
-      Floats line[S];
-#pragma GCC unroll 2
-      for (int s = 0; s < S; ++s) line[s] = load(weights + i * kColumns + s * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Floats input = spread(x[r * ldx + i]);
-#pragma GCC unroll 2
-        for (int s = 0; s < S; ++s) part[r][s] = fmadd(input, line[s], part[r][s]);
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-      for (int s = 0; s < S; ++s) sums[r][s] = add(sums[r][s], part[r][s]);
+// R rows of x, by two addresses of which the processor makes those of all.
+template <int R, class T>
+struct Rows {
+  const T *low, *high;
+  int64_t ldx;
+
+  Rows(const T* x, int64_t ldx) : low(x), high(x + R / 2 * ldx), ldx(ldx) {
+    asm("" : "+r"(low), "+r"(high));  // else GCC keeps R addresses, for which there are too few registers
   }
+  const T* at(int r, int64_t i) const { return (r < R / 2 ? low + r * ldx : high + (r - R / 2) * ldx) + i; }
+};
+
+// What R rows come to with S vectors of 16 outputs, as registers.
+template <int R, int S>
+struct Sums {
+  Floats at[R][S];
+
+  void clear() {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      for (int s = 0; s < S; ++s) at[r][s] = spread(0.0f);
+  }
+
+  // Adds input i of each row times weights.
+  void add(const Rows<R, float>& x, int64_t i, const Floats (&weights)[S]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Floats input = spread(*x.at(r, i));
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) at[r][s] = add_products(at[r][s], input, weights[s]);
+    }
+  }
+};
+
+// Adds inputs from … to - 1 of R rows of x times S vectors of 16 weights of each.
+template <int R, int S, class F>
+inline Sums<R, S> add_inputs(Sums<R, S> sums, const Rows<R, float>& x, const float* weights, int64_t from, int64_t to,
+                             F call) {
+  for (int64_t i = from; i < to; ++i, weights += kColumns) {
+    call();
+    Floats line[S];
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) line[s] = load(weights + s * kLanes);
+    sums.add(x, i, line);
+  }
+  return sums;
+}
+
+// R rows of x times S vectors of 16 weights of every input.
+template <int R, int S>
+inline Sums<R, S> multiply(const Rows<R, float>& x, const float* weights, int64_t in, Ahead ahead) {
+  Sums<R, S> sums, none;
+  sums.clear();
+  none.clear();
+  for (int64_t from = 0; from < in; from += kInputs) {
+    const Sums<R, S> part = add_inputs(none, x, weights + from * kColumns, from, std::min(in, from + kInputs), [&] { ahead.call<S>(); });
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      for (int s = 0; s < S; ++s) sums.at[r][s] = add(sums.at[r][s], part.at[r][s]);
+  }
+  return sums;
 }
 
 // As above, of weights in pairs of inputs.
 template <int R, int S>
-inline void multiply(const Input<BFloat16>* x, int64_t ldx, const BFloat16* weights, int64_t in, const Ahead& ahead,
-                     Floats (&sums)[R][S]) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s) sums[r][s] = spread(0.0f);
-  for (int64_t i = 0; i < in; i += 2) {
-    const int32_t* pairs = reinterpret_cast<const int32_t*>(weights + i * kColumns);
-    ahead.call<S>(i * kColumns * sizeof(BFloat16));
+inline Sums<R, S> multiply(const Rows<R, Input<BFloat16>>& x, const BFloat16* weights, int64_t in, Ahead ahead) {
+  Sums<R, S> sums;
+  sums.clear();
+  const int32_t* pairs = reinterpret_cast<const int32_t*>(weights);
+  for (int64_t i = 0; i < in; i += 2, pairs += kColumns) {
+    ahead.call<S>();
 #ifdef __AVX512BF16__
     Wholes line[S];
 #pragma GCC unroll 2
@@ -137,29 +166,22 @@ inline void multiply(const Input<BFloat16>* x, int64_t ldx, const BFloat16* weig
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       int32_t pair;
-      std::memcpy(&pair, x + r * ldx + i, sizeof pair);
+      std::memcpy(&pair, x.at(r, i), sizeof pair);
 #pragma GCC unroll 2
       for (int s = 0; s < S; ++s)
-        sums[r][s] = _mm512_dpbf16_ps(sums[r][s], (__m512bh)line[s], (__m512bh)spread(pair));
+        sums.at[r][s] = _mm512_dpbf16_ps(sums.at[r][s], (__m512bh)line[s], (__m512bh)spread(pair));
     }
 #else
+    Floats line[S];
 #pragma GCC unroll 2
-    for (int which = 0; which < 2; ++which) {
-      Floats line[S];
+    for (int s = 0; s < S; ++s) line[s] = as_floats(left_by(load(pairs + s * kLanes), 16));
+    sums.add(x, i, line);
 #pragma GCC unroll 2
-      for (int s = 0; s < S; ++s) {
-        const Wholes both = load(pairs + s * kLanes);
-        line[s] = as_floats(which == 0 ? left_by(both, 16) : bits_and(both, spread(-0x10000)));
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Floats input = spread(x[r * ldx + i + which]);
-#pragma GCC unroll 2
-        for (int s = 0; s < S; ++s) sums[r][s] = fmadd(input, line[s], sums[r][s]);
-      }
-    }
+    for (int s = 0; s < S; ++s) line[s] = as_floats(bits_and(load(pairs + s * kLanes), spread(-0x10000)));
+    sums.add(x, i + 1, line);
 #endif
   }
+  return sums;
 }
 
 // f(integral_constant R, first row) for rows in groups of nearly equal size, at most kMost each.
@@ -174,6 +196,54 @@ inline void each_group(int64_t rows, F f) {
     row += count;
   }
 }
+
+#ifndef __AVX512F__
+// Lines of weights as float32: those that are, where they are, others in `room`.
+inline const float* widened(const float* lines, int64_t, float*) { return lines; }
+inline const float* widened(const BFloat16* lines, int64_t in, float* room) {
+  for (int64_t i = 0; i < in; i += 2)
+    for (int64_t column = 0; column < kColumns; column += kLanes) {
+      const Wholes pairs = load(reinterpret_cast<const int32_t*>(lines + i * kColumns) + column);
+      store(room + i * kColumns + column, as_floats(left_by(pairs, 16)));
+      store(room + (i + 1) * kColumns + column, as_floats(bits_and(pairs, spread(-0x10000))));
+    }
+  return room;
+}
+
+// emit(row, left, right) of `rows` rows with one block of weights, to the same bits as `multiply`. All rows meet some of
+// the weights, which then are in the first cache, before they meet the next.
+template <class T, class F>
+void multiply_many(const float* x, int64_t rows, int64_t ldx, const T* weights, int64_t in, const char* soon, F emit) {
+  alignas(64) float sums[kRowTile * kColumns] = {}, room[kInputs * kColumns];
+  const int64_t groups = (rows + kRows - 1) / kRows;
+  const int64_t share = kInputs * kColumns * static_cast<int64_t>(sizeof(T)) / groups + 64;
+  for (int64_t from = 0; from < in; from += kInputs) {
+    const int64_t count = std::min(kInputs, in - from);
+    const float* lines = widened(weights + from * kColumns, count, room);
+    each_group<kRows>(rows, [&](auto group, int64_t row) {
+      constexpr int R = group.value;
+      const Rows<R, float> input(x + row * ldx + from, ldx);
+      for (const char* end = soon + share; soon < end; soon += 64) _mm_prefetch(soon, _MM_HINT_T1);
+      for (int r = 0; r < R; ++r)
+        for (int64_t i = 0; i < kInputs; i += 16) _mm_prefetch(reinterpret_cast<const char*>(input.at(R + r, i)), _MM_HINT_T0);
+      for (int64_t column = 0; column < kColumns; column += kLanes) {
+        float* to = sums + row * kColumns + column;
+        Sums<R, 1> before, found;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) before.at[r][0] = std::is_same_v<T, float> ? spread(0.0f) : load(to + r * kColumns);
+        found = add_inputs(before, input, lines + column, 0, count, [] {});
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          if constexpr (std::is_same_v<T, float>) found.at[r][0] = add(load(to + r * kColumns), found.at[r][0]);
+          store(to + r * kColumns, found.at[r][0]);
+        }
+      }
+    });
+  }
+  for (int64_t row = 0; row < rows; ++row)
+    emit(row, load(sums + row * kColumns), load(sums + row * kColumns + kLanes));
+}
+#endif
 
 // emit(row, block, left, right) for every row of x[rows, in] and every block of outputs: 16 + 16 sums with the bias
 // added. Leading dimension of x: ldx. Called by every member of the team.
@@ -209,18 +279,26 @@ void product(Team& team, const Input<T>* x, int64_t rows, int64_t ldx, const Pac
     for (int64_t block = begin; block < end; ++block) {
       const auto at = [&](int64_t b) { return reinterpret_cast<const char*>(by.weights + b * by.in * kColumns); };
       const char* soon = count > 2 ? at(block + 1) : at(block) + kNear;  // see `Ahead`
+#ifndef __AVX512F__
+      if (count > 2 * kRows) {
+        multiply_many(x + top * ldx, count, ldx, by.weights + block * by.in * kColumns, by.in, soon,
+                      [&](int64_t row, Floats left, Floats right) { with_bias(top + row, block, left, right); });
+        continue;
+      }
+#endif
       const int64_t groups = (count + kRows - 1) / kRows;
       each_group<kRows>(count, [&](auto group, int64_t row) {
         constexpr int R = group.value, S = kVectors<R>;
         constexpr int64_t kWidth = S * kLanes * (std::is_same_v<T, float> ? 1 : 2);  // weights of an input, or of two
-        const int64_t passes = groups * 2 / S, share = by.in * kColumns * sizeof(T) / passes;
-        Floats sums[2 / S][R][S];
+        const int64_t step = 2 * kLanes * sizeof(float) / (groups * 2 / S), share = by.in * step * sizeof(T) / 4;
+        const Rows<R, Input<T>> input(x + (top + row) * ldx, ldx);
+        Sums<R, S> sums[2 / S];
 #pragma GCC unroll 2
         for (int pass = 0; pass < 2 / S; ++pass, soon += share)
-          multiply(x + (top + row) * ldx, ldx, by.weights + block * by.in * kColumns + pass * kWidth, by.in,
-                   Ahead{soon, passes}, sums[pass]);
+          sums[pass] = multiply<R, S>(input, by.weights + block * by.in * kColumns + pass * kWidth, by.in,
+                                      Ahead{soon, step});
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) with_bias(top + row + r, block, sums[0][r][0], sums[2 / S - 1][r][S - 1]);
+        for (int r = 0; r < R; ++r) with_bias(top + row + r, block, sums[0].at[r][0], sums[2 / S - 1].at[r][S - 1]);
       });
     }
   });
