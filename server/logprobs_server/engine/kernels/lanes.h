@@ -289,15 +289,15 @@ float reduced(Floats x, F f) {
 inline float sum(Floats x) { return reduced(x, [](__m256 a, __m256 b) { return _mm256_add_ps(a, b); }); }
 inline float largest(Floats x) { return reduced(x, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); }); }
 
-inline int32_t sum(Wholes x) {
-  alignas(32) int32_t eight[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(eight), _mm256_add_epi32(x.low, x.high));
-  return eight[0] + eight[1] + eight[2] + eight[3] + eight[4] + eight[5] + eight[6] + eight[7];
+template <class F>
+int32_t reduced(Wholes x, F f) {
+  const __m256i eight = f(x.low, x.high), four = f(eight, _mm256_permute2x128_si256(eight, eight, 1));
+  const __m256i two = f(four, _mm256_shuffle_epi32(four, 0b01001110)), one = f(two, _mm256_shuffle_epi32(two, 0b10110001));
+  return _mm256_cvtsi256_si32(one);
 }
+inline int32_t sum(Wholes x) { return reduced(x, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }); }
 inline uint32_t unsigned_largest(Wholes x) {
-  alignas(32) uint32_t eight[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(eight), _mm256_max_epu32(x.low, x.high));
-  return *std::max_element(eight, eight + 8);
+  return static_cast<uint32_t>(reduced(x, [](__m256i a, __m256i b) { return _mm256_max_epu32(a, b); }));
 }
 
 inline __m256i lower_halves(Wholes x) {
@@ -313,7 +313,10 @@ inline void store_half(int32_t* to, Wholes x, int half, Mask lanes) {
 }
 
 inline Wholes add_products(Wholes sums, Wholes a, Wholes b) {
-  return add(sums, {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)});
+  __m256i low = sums.low, high = sums.high, product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(low), "=&x"(product) : "x"(a.low), "x"(b.low));
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(high), "=&x"(product) : "x"(a.high), "x"(b.high));
+  return {low, high};
 }
 
 template <int kCompare>

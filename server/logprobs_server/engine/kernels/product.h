@@ -224,8 +224,6 @@ void multiply_many(const float* x, int64_t rows, int64_t ldx, const T* weights, 
       constexpr int R = group.value;
       const Rows<R, float> input(x + row * ldx + from, ldx);
       for (const char* end = soon + share; soon < end; soon += 64) _mm_prefetch(soon, _MM_HINT_T1);
-      for (int r = 0; r < R; ++r)
-        for (int64_t i = 0; i < kInputs; i += 16) _mm_prefetch(reinterpret_cast<const char*>(input.at(R + r, i)), _MM_HINT_T0);
       for (int64_t column = 0; column < kColumns; column += kLanes) {
         float* to = sums + row * kColumns + column;
         Sums<R, 1> before, found;
