@@ -15,6 +15,7 @@ from oracle import Oracle
 from tiny_models import VOCABULARY_SIZE, save_tiny_model
 from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from bench.deviation import Deviation, deviation, near_enough
 from bench.exchange import Task, Told
@@ -100,15 +101,15 @@ def test_transformers_tells_its_logprobs_of_texts_client_by_client(folder: Path)
     assert all(off(each, text[:1], reference) < 1e-4 for each, text in zip(told, texts, strict=True))
 
 
-def test_float32_logits_are_nearer_than_bfloat16_ones(folder: Path) -> None:
-    task, reference = replace(TASK, prompts=[[TEXT]], new_tokens=0), Reference(folder, torch.bfloat16)
+def test_float32_logits_are_those_of_bfloat16_hidden_states(folder: Path) -> None:
+    task = replace(TASK, prompts=[[TEXT]], new_tokens=0)
     [rounded], [wide] = (told_by_transformers(folder, "bfloat16", task, *v) for v in ((), (FLOAT32_LOGITS,)))
-    assert {logprob for _, logprob in wide} != {logprob for _, logprob in rounded}
-    means = [
-        deviation([p - t for (_, p), t in zip(told, reference.logprobs(TEXT).tolist(), strict=True)]).mean
-        for told in (wide, rounded)
-    ]
-    assert means[0] < means[1]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        hidden = model.base_model(torch.tensor([TEXT])).last_hidden_state[0, :-1].float()
+        truth = (hidden @ model.lm_head.weight.float().T).log_softmax(-1).gather(-1, torch.tensor(TEXT[1:])[:, None])
+    errors = [max(abs(p - t) for (_, p), [t] in zip(told, truth.tolist(), strict=True)) for told in (wide, rounded)]
+    assert errors[0] < 1e-5 < errors[1]
 
 
 class Echo(Scoring):

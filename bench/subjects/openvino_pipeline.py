@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import openvino
-import openvino
 import openvino_genai
 
 from bench.exchange import Task, Told

@@ -31,7 +31,7 @@ _VECTORS = {
 
 
 def load(build_dir: Path) -> bool:
-    """Makes the kernels callable as torch.ops.logprobs, building them in `build_dir` the first time (10 to 25 s).
+    """Makes the kernels callable as torch.ops.logprobs, building them in `build_dir` the first time (10 to 60 s).
 
     A process loads them once, wherever they were built.
 

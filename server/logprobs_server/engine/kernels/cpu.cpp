@@ -1,6 +1,7 @@
 // The CPU's kernels as torch sees them: a decoder with packed weights and a cache of keys and values, and what is told
-// of logits. Residual stream, norms, softmax, activations and sums are float32; products take bfloat16 or float32, those
-// of attention float32 or whole numbers (attention.h).
+// of logits. Residual stream, norms, softmax, activations and sums are float32; products take bfloat16 or float32,
+// those of attention float32 or whole numbers (attention.h). Where the processor does not multiply bfloat16, a bfloat16
+// model's weights meet float32.
 // Every row's bits depend on that row and what precedes it in its sequence alone: see product.h and attention.h.
 // Knows nothing of requests or schedules. Shapes are the business of the Python side, which owns the tensors.
 

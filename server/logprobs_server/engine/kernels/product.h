@@ -143,7 +143,8 @@ inline Sums<R, S> multiply(const Rows<R, float>& x, const float* weights, int64_
   sums.clear();
   none.clear();
   for (int64_t from = 0; from < in; from += kInputs) {
-    const Sums<R, S> part = add_inputs(none, x, weights + from * kColumns, from, std::min(in, from + kInputs), [&] { ahead.call<S>(); });
+    const int64_t to = std::min(in, from + kInputs);
+    const Sums<R, S> part = add_inputs(none, x, weights + from * kColumns, from, to, [&] { ahead.call<S>(); });
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
       for (int s = 0; s < S; ++s) sums.at[r][s] = add(sums.at[r][s], part.at[r][s]);
@@ -214,7 +215,8 @@ inline const float* widened(const BFloat16* lines, int64_t in, float* room) {
 // the weights, which then are in the first cache, before they meet the next.
 template <class T, class F>
 void multiply_many(const float* x, int64_t rows, int64_t ldx, const T* weights, int64_t in, const char* soon, F emit) {
-  alignas(64) float sums[kRowTile * kColumns] = {}, room[kInputs * kColumns];
+  alignas(64) float sums[kRowTile * kColumns], room[kInputs * kColumns];
+  std::fill_n(sums, rows * kColumns, 0.0f);
   const int64_t groups = (rows + kRows - 1) / kRows;
   const int64_t share = kInputs * kColumns * static_cast<int64_t>(sizeof(T)) / groups + 64;
   for (int64_t from = 0; from < in; from += kInputs) {
@@ -287,13 +289,13 @@ void product(Team& team, const Input<T>* x, int64_t rows, int64_t ldx, const Pac
       const int64_t groups = (count + kRows - 1) / kRows;
       each_group<kRows>(count, [&](auto group, int64_t row) {
         constexpr int R = group.value, S = kVectors<R>;
-        constexpr int64_t kWidth = S * kLanes * (std::is_same_v<T, float> ? 1 : 2);  // weights of an input, or of two
+        constexpr int64_t kPassed = S * kLanes * (std::is_same_v<T, float> ? 1 : 2);  // weights of an input, or of two
         const int64_t step = 2 * kLanes * sizeof(float) / (groups * 2 / S), share = by.in * step * sizeof(T) / 4;
         const Rows<R, Input<T>> input(x + (top + row) * ldx, ldx);
         Sums<R, S> sums[2 / S];
 #pragma GCC unroll 2
         for (int pass = 0; pass < 2 / S; ++pass, soon += share)
-          sums[pass] = multiply<R, S>(input, by.weights + block * by.in * kColumns + pass * kWidth, by.in,
+          sums[pass] = multiply<R, S>(input, by.weights + block * by.in * kColumns + pass * kPassed, by.in,
                                       Ahead{soon, step});
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) with_bias(top + row + r, block, sums[0].at[r][0], sums[2 / S - 1].at[r][S - 1]);
