@@ -31,7 +31,7 @@ from serving import collected, given, serving, skip_without_kernels
 from tiny_models import save_tiny_model
 
 WHOLE = 200
-FEW = 24
+FEW = 8
 LONGEST = 600
 CHUNKS = (1, 7, 64, 512)
 COMPANY = 32
