@@ -208,8 +208,8 @@ struct Products {
 };
 
 // scores[L][kBlock] = queries[cells][L] · keys[cells][kBlock], each sum from the first cell to the last, times `scales` of
-// queries and keys of pairs. ahead: what will be read next.
-template <int L, class C>
+// queries and keys of pairs. ahead: what will be read next, and is called for if `kCall`.
+template <int L, bool kCall, class C>
 void score_block(const C* queries, const float* scales, const Block<C>& block, int64_t cells, float* scores,
                  const Block<C>& ahead) {
   constexpr int S = kVectors<L>;
@@ -221,7 +221,7 @@ void score_block(const C* queries, const float* scales, const Block<C>& block, i
       products.clear();
       for (int64_t i = from; i < to; ++i) {
         const int64_t at = i * kBlock + slot;
-        if constexpr (L <= kDirect)
+        if constexpr (kCall)
           for (int s = 0; s < S; ++s) call_for(ahead.keys + at + s * kLanes);
         products.add([&](int l) { return queries[i * L + l]; }, [&](int s) { return load(block.keys + at + s * kLanes); });
       }
@@ -249,7 +249,7 @@ struct Lines {
 
 // sums[L][size] · fade + weights[L][kBlock] · values[kBlock][size] · gain, for S vectors of dimensions from `i` on, all of
 // them whole if `kWhole`, a block's sum from its first key to its last.
-template <int L, bool kWhole, class C>
+template <int L, bool kCall, bool kWhole, class C>
 void mix_columns(const C* weights, const float* fades, const float* gains, const C* values, int64_t size, int64_t i,
                  float* sums, const C* ahead) {
   constexpr int S = kVectors<L>;
@@ -263,7 +263,7 @@ void mix_columns(const C* weights, const float* fades, const float* gains, const
   products.clear();
   for (int64_t j = 0; j < kBlock / kWidth<C>; ++j) {
     const int64_t at = j * size + i;
-    if constexpr (L <= kDirect)
+    if constexpr (kCall)
       for (int s = 0; s < S; ++s) call_for(ahead + at + s * kLanes);
     products.add([&](int l) { return weights[l * kBlock + j]; },
                  [&](int s) { return load(values + at + s * kLanes, lanes(s)); });
@@ -280,13 +280,13 @@ void mix_columns(const C* weights, const float* fades, const float* gains, const
 }
 
 // As `mix_columns`, for all dimensions.
-template <int L, class C>
+template <int L, bool kCall, class C>
 void mix_block(const C* weights, const float* fades, const float* gains, const C* values, int64_t size, float* sums,
                const C* ahead) {
   constexpr int64_t kStep = kVectors<L> * kLanes;
   int64_t i = 0;
-  for (; i + kStep <= size; i += kStep) mix_columns<L, true>(weights, fades, gains, values, size, i, sums, ahead);
-  if (i < size) mix_columns<L, false>(weights, fades, gains, values, size, i, sums, ahead);
+  for (; i + kStep <= size; i += kStep) mix_columns<L, kCall, true>(weights, fades, gains, values, size, i, sums, ahead);
+  if (i < size) mix_columns<L, kCall, false>(weights, fades, gains, values, size, i, sums, ahead);
 }
 
 // The scales of a block's values that are seen, as parts of `kLimit`, the largest of them; nothing of float32 values.
@@ -422,7 +422,7 @@ void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t h
     if constexpr (kMost == kDirect && std::is_same_v<C, Pair>)
       for (int64_t i = 0; i < 2 * kBlock; i += kLanes) call_for(ahead.key_scales + i);
     each_group<kMost>(lines, [&](auto many, int64_t l) {
-      score_block<many.value>(queries + l * cells, scales + l, block, cells, scores + l * kBlock, ahead);
+      score_block<many.value, kMost == kDirect>(queries + l * cells, scales + l, block, cells, scores + l * kBlock, ahead);
     });
     for (int64_t q = 0; q < count; ++q) {
       const uint32_t seen = seen_keys(first + q, begin, look.window);
@@ -441,8 +441,8 @@ void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t h
       for (int64_t l = q * group; l < (q + 1) * group; ++l) weigh<C>(scores + l * kBlock, state, l, shares);
     }
     each_group<kMost>(lines, [&](auto many, int64_t l) {
-      mix_block<many.value>(reinterpret_cast<const C*>(scores + l * kBlock), state.fade + l, state.gain + l,
-                            block.values, size, sums + l * size, ahead.values);
+      mix_block<many.value, kMost == kDirect>(reinterpret_cast<const C*>(scores + l * kBlock), state.fade + l,
+                                              state.gain + l, block.values, size, sums + l * size, ahead.values);
     });
   };
   for (int64_t b = first_block(step, tile, look); b <= last / kBlock; ++b) {

@@ -10,7 +10,7 @@
 
 #include "rows.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #define LOGPROBS_TILES
 #endif
 
