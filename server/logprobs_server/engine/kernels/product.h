@@ -14,10 +14,11 @@ namespace logprobs {
 
 using at::Tensor;
 
-constexpr int64_t kInputs = 64;    // inputs that one float32 sum takes before it is added to the others
+constexpr int64_t kInputs = 64;        // inputs that one float32 sum takes before it is added to the others
 constexpr int kRows = kWide ? 12 : 6;  // rows that one read of a block serves: all registers hold sums
-constexpr int64_t kNear = 2048;    // bytes ahead that memory is called for where nothing but reading takes time
-constexpr int64_t kRowTile = kWide ? 192 : 384;  // rows whose inputs stay in the second cache while blocks pass
+constexpr int64_t kNear = 2048;        // bytes ahead that memory is called for where nothing but reading takes time
+constexpr int64_t kRowTile = kWide ? 192 : 384;  // rows that meet a block before the next: those of 512 bits stay in the
+                                                 // second cache; on AVX2 fewer readings of weights are worth more
 
 template <class T>
 T* data(const Tensor& tensor) {
