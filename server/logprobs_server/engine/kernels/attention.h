@@ -487,6 +487,20 @@ inline Tiles cut(const Step& step, const Heads& heads) {
   return found;
 }
 
+// The keys and values of one layer that a step's single rows attend to. `blocks` is room for the answer.
+template <class C>
+Later read_by(const Step& step, const Tiles& cuts, const Heads& heads, const Look& look, const Kept<C>& kept,
+              std::vector<int64_t>& blocks) {
+  blocks.clear();
+  for (const Tile& tile : cuts.tiles)
+    if (tile.count == 1)
+      for (int64_t b = first_block(step, tile, look); b <= step.positions[tile.row] / kBlock; ++b)
+        blocks.push_back(step.block(tile.chunk, b * kBlock));
+  const int64_t bytes = heads.key * kept.stride(heads) * static_cast<int64_t>(sizeof(C));
+  const char* base = reinterpret_cast<const char*>(kept.at(heads, 0, 0).keys);
+  return {base, blocks.data(), static_cast<int64_t>(blocks.size()), kept.layers * bytes, bytes};
+}
+
 // out[rows, query heads · size] of a layer whose queries, keys and values are qkv[rows, width]. By every member.
 template <class T, class C>
 void attend(Team& team, float* qkv, const Step& step, const Tiles& cuts, const Heads& heads, const Look& look,

@@ -173,17 +173,23 @@ class Layers {
   }
 
   // Puts activation(x) into out[rows, inner]; of a gated product activation(left) · right, 16 of each to a block.
+  template <bool kSwish>
   auto activate(X* out) const {
     return [out, this](int64_t row, int64_t block, Floats left, Floats right) {
-      const int64_t inner = shape_.inner, kind = shape_.activation;
+      const int64_t inner = shape_.inner;
+      const auto activated = [this](Floats x) {
+        if constexpr (kSwish)
+          return silu<T>(x);
+        else
+          return gelu_or_relu(x, shape_.activation);
+      };
       if (shape_.gated) {
-        const Floats value = mul(activated<T>(left, kind), right);
-        store(out + row * inner + block * kLanes, value, first_lanes(inner - block * kLanes));
+        store(out + row * inner + block * kLanes, mul(activated(left), right), first_lanes(inner - block * kLanes));
       } else {
         const int64_t column = block * kColumns;
-        store(out + row * inner + column, activated<T>(left, kind), first_lanes(inner - column));
+        store(out + row * inner + column, activated(left), first_lanes(inner - column));
         if (inner > column + kLanes)
-          store(out + row * inner + column + kLanes, activated<T>(right, kind), first_lanes(inner - column - kLanes));
+          store(out + row * inner + column + kLanes, activated(right), first_lanes(inner - column - kLanes));
       }
     };
   }
@@ -199,15 +205,23 @@ class Layers {
         product(team, x, rows, width, by, put<true>(residual, hidden));
       }
     };
+    const auto kept = [&](int64_t of) { return Kept<C>{cache_, static_cast<int64_t>(layers_.size()), of}; };
     static thread_local Arena own, own_second;
+    static thread_local std::vector<int64_t> blocks;
     const auto mlp_input = [&] { return normed(team, residual, rows, w.mlp_norm, b.mlp_normed, own_second); };
     const X* early = shape_.parallel ? mlp_input() : nullptr;
     product(team, normed(team, residual, rows, w.input_norm, b.normed, own), rows, hidden, w.qkv,
             put(b.qkv, shape_.heads.width()));
-    attend(team, b.qkv, step, cuts, shape_.heads, w.look,
-           Kept<C>{cache_, static_cast<int64_t>(layers_.size()), index}, b.mixed);
+    attend(team, b.qkv, step, cuts, shape_.heads, w.look, kept(index), b.mixed);
     add_to_residual(b.mixed, mixed, w.out, w.after_attention);
-    product(team, shape_.parallel ? early : mlp_input(), rows, hidden, w.up, activate(b.active));
+    Later later;
+    if (index + 1 < static_cast<int64_t>(layers_.size()))
+      later = read_by(step, cuts, shape_.heads, layers_[index + 1].look, kept(index + 1), blocks);
+    const X* input = shape_.parallel ? early : mlp_input();
+    if (shape_.activation == kSilu)
+      product(team, input, rows, hidden, w.up, activate<true>(b.active), later);
+    else
+      product<true>(team, input, rows, hidden, w.up, activate<false>(b.active), later);
     add_to_residual(b.active, shape_.inner, w.down, w.after_mlp);
   }
 

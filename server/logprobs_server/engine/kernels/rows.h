@@ -115,11 +115,6 @@ inline Floats gelu_or_relu(Floats x, int64_t kind) {
   });
 }
 
-template <class T>
-[[gnu::always_inline]] inline Floats activated(Floats x, int64_t kind) {
-  return kind == kSilu ? silu<T>(x) : gelu_or_relu(x, kind);
-}
-
 // Turns the first `rotary` dimensions: x1 cos - x2 sin, x2 cos + x1 sin. turn: [rotary] of the position, cosines first.
 inline void rotate(float* x, int64_t rotary, const float* turn) {
   const int64_t half = rotary / 2;
