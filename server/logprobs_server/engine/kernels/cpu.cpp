@@ -173,12 +173,12 @@ class Layers {
   }
 
   // Puts activation(x) into out[rows, inner]; of a gated product activation(left) · right, 16 of each to a block.
-  template <bool kSwish>
+  template <bool kOnlySilu>
   auto activate(X* out) const {
     return [out, this](int64_t row, int64_t block, Floats left, Floats right) {
       const int64_t inner = shape_.inner;
       const auto activated = [this](Floats x) {
-        if constexpr (kSwish)
+        if constexpr (kOnlySilu)
           return silu<T>(x);
         else
           return gelu_or_relu(x, shape_.activation);
@@ -215,10 +215,10 @@ class Layers {
     attend(team, b.qkv, step, cuts, shape_.heads, w.look, kept(index), b.mixed);
     add_to_residual(b.mixed, mixed, w.out, w.after_attention);
     Later later;
-    if (index + 1 < static_cast<int64_t>(layers_.size()))
+    if (rows > kRows && index + 1 < static_cast<int64_t>(layers_.size()))
       later = read_by(step, cuts, shape_.heads, layers_[index + 1].look, kept(index + 1), blocks);
     const X* input = shape_.parallel ? early : mlp_input();
-    if (shape_.activation == kSilu)
+    if (shape_.activation == kSilu)  // by itself, since it calls nothing: see `product`
       product(team, input, rows, hidden, w.up, activate<true>(b.active), later);
     else
       product<true>(team, input, rows, hidden, w.up, activate<false>(b.active), later);

@@ -15,6 +15,7 @@ namespace logprobs {
 using at::Tensor;
 
 constexpr int64_t kLine = 64;          // bytes of a cache line
+constexpr int64_t kKept = 8 << 20;     // bytes that caches keep from a product until they are read
 constexpr int64_t kInputs = 64;        // inputs that one float32 sum takes before it is added to the others
 constexpr int kRows = kWide ? 12 : 6;  // rows that one read of a block serves: all registers hold sums
 constexpr int64_t kNear = 2048;        // bytes ahead that memory is called for where nothing but reading takes time
@@ -81,31 +82,32 @@ constexpr int kVectors = kWide || R <= 2 ? 2 : 1;
 struct Ahead {
   const char* from;
   int64_t step;   // bytes of it while 128 of the block are read
-  int64_t apart;  // from there to what else is called for: the next line, or see `Later`
+  int64_t other;  // from there to what else is called for: the next line, or see `Later`
 
   template <int S>
   void call() {
     _mm_prefetch(from, _MM_HINT_T1);
-    if constexpr (S == 2) _mm_prefetch(from + apart, _MM_HINT_T1);
+    if constexpr (S == 2) _mm_prefetch(from + other, _MM_HINT_T1);
     from += step;
   }
 };
 
-// Memory that is read after a product, in pieces: piece p starts at base + p · apart. Groups of rows call for it too, where
-// there are several, since they take longer than memory takes to give the weights, and if there are no more pieces than
-// caches hold. 32 streams of 140 tokens: attention 160 -> 118 us a layer; 16 of 1,000 are 5 % slower with it.
+// Memory that is read after a product, in pieces: piece p starts at base + p · stride. Groups of rows call for it too, where
+// there are several, since they take longer than memory takes to give the weights, and as long as caches keep it. 32
+// streams of 140 tokens, 4 MB a layer: attention 160 -> 118 us; 16 of 1,000, 13 MB, were 5 % slower with it.
 struct Later {
   const char* base = nullptr;
   const int64_t* pieces = nullptr;
-  int64_t count = 0, apart = 0, bytes = 0;
+  int64_t count = 0, stride = 0, bytes = 0;
 
-  // Has the group that is the `number`-th of `total` to read some lines of weights call for a piece's part, or for nothing.
+  // Has the group that is the `number`-th of `total` to read some lines of weights call for a part of a piece, if it is its
+  // turn, instead of a second line of weights. It then calls for a line at a time, of weights too.
   void join(Ahead& ahead, int64_t number, int64_t total, int64_t lines) const {
-    if (count > total) return;
+    if (count > total || count * bytes > kKept) return;
     const int64_t most = lines * kLine, whole = (bytes + most - 1) / most, parts = whole * count > total ? 1 : whole;
     const int64_t part = number * parts * count / total;
     if (part == (number + 1) * parts * count / total) return;
-    ahead.apart = base + pieces[part / parts] * apart + part % parts * most - ahead.from;
+    ahead.other = base + pieces[part / parts] * stride + part % parts * most - ahead.from;
     ahead.step = kLine;
   }
 };
@@ -285,9 +287,9 @@ void multiply_many(const float* x, int64_t rows, int64_t ldx, const T* weights, 
 #endif
 
 // emit(row, block, left, right) for every row of x[rows, in] and every block of outputs: 16 + 16 sums with the bias
-// added. Leading dimension of x: ldx. Called by every member of the team. kApart: whether sums are put into memory before
-// `emit` sees them; where that calls functions, GCC else keeps some there all the time.
-template <bool kApart = false, class T, class F>
+// added. Leading dimension of x: ldx. Called by every member of the team. kStored: whether sums are put into memory before
+// `emit` sees them; if `emit` calls functions, GCC else keeps some there all the time.
+template <bool kStored = false, class T, class F>
 void product(Team& team, const Input<T>* x, int64_t rows, int64_t ldx, const Packed<T>& by, F emit,
              const Later& later = {}) {
   const bool tiled = std::is_same_v<T, BFloat16> && on_tiles();
@@ -340,7 +342,7 @@ void product(Team& team, const Input<T>* x, int64_t rows, int64_t ldx, const Pac
           Ahead ahead{soon, step, kLine};
           if (S == 2 && groups > 1) later.join(ahead, number++, blocks * groups, by.in * kColumns / kPassed);
           sums[pass] = multiply<R, S>(input, by.weights + block * by.in * kColumns + pass * kPassed, by.in, ahead);
-          if constexpr (kApart) asm("" : "+m"(sums[pass]));
+          if constexpr (kStored) asm("" : "+m"(sums[pass]));
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) with_bias(top + row + r, block, sums[0].at[r][0], sums[2 / S - 1].at[r][S - 1]);
