@@ -14,7 +14,7 @@ namespace logprobs {
 
 using at::Tensor;
 
-constexpr int64_t kLine = 64;          // bytes of a cache line
+constexpr int64_t kCacheLine = 64;     // bytes
 constexpr int64_t kKept = 8 << 20;     // bytes that caches keep from a product until they are read
 constexpr int64_t kInputs = 64;        // inputs that one float32 sum takes before it is added to the others
 constexpr int kRows = kWide ? 12 : 6;  // rows that one read of a block serves: all registers hold sums
@@ -104,16 +104,16 @@ struct Later {
   // turn, instead of a second line of weights. It then calls for a line at a time, of weights too.
   void join(Ahead& ahead, int64_t number, int64_t total, int64_t lines) const {
     if (count > total || count * bytes > kKept) return;
-    const int64_t most = lines * kLine, whole = (bytes + most - 1) / most, parts = whole * count > total ? 1 : whole;
+    const int64_t most = lines * kCacheLine, whole = (bytes + most - 1) / most, parts = whole * count > total ? 1 : whole;
     const int64_t part = number * parts * count / total;
     if (part == (number + 1) * parts * count / total) return;
     ahead.other = base + pieces[part / parts] * stride + part % parts * most - ahead.from;
-    ahead.step = kLine;
+    ahead.step = kCacheLine;
   }
 };
 
-// R rows of x at an input, by five registers of which the processor makes all their addresses. GCC, left to itself, keeps
-// one for each row, more than there are.
+// R rows of x at an input, by two addresses and up to three distances, of which the processor makes the addresses of all.
+// GCC, left to itself, keeps one for each row, for which there are too few registers.
 template <int R, class T>
 class Rows {
  public:
@@ -265,7 +265,7 @@ void multiply_many(const float* x, int64_t rows, int64_t ldx, const T* weights, 
     const float* lines = widened(weights + from * kColumns, count, room);
     each_group<kRows>(rows, [&](auto group, int64_t row) {
       constexpr int R = group.value;
-      for (const char* end = soon + share; soon < end; soon += 64) _mm_prefetch(soon, _MM_HINT_T1);
+      for (const char* end = soon + share; soon < end; soon += kCacheLine) _mm_prefetch(soon, _MM_HINT_T1);
       for (int64_t column = 0; column < kColumns; column += kLanes) {
         float* to = sums + row * kColumns + column;
         Rows<R, float> input(x + row * ldx + from, ldx);
@@ -339,7 +339,7 @@ void product(Team& team, const Input<T>* x, int64_t rows, int64_t ldx, const Pac
         Sums<R, S> sums[2 / S];
 #pragma GCC unroll 2
         for (int pass = 0; pass < 2 / S; ++pass, soon += share) {
-          Ahead ahead{soon, step, kLine};
+          Ahead ahead{soon, step, kCacheLine};
           if (S == 2 && groups > 1) later.join(ahead, number++, blocks * groups, by.in * kColumns / kPassed);
           sums[pass] = multiply<R, S>(input, by.weights + block * by.in * kColumns + pass * kPassed, by.in, ahead);
           if constexpr (kStored) asm("" : "+m"(sums[pass]));
