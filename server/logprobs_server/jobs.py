@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from functools import partial
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
 from logprobs_server.engine.events import Event, JobFailed, JobFinished
-from logprobs_server.engine.types import Engine, EngineUnavailableError, Job, ModelDescription, Sink, Ticket
+from logprobs_server.engine.types import Engine, EngineUnavailableError, Job, Sink, Ticket
 from logprobs_server.errors import (
     EngineFailedError,
     InvalidRequestError,
@@ -24,7 +22,7 @@ from logprobs_server.messages import MessageBuilder
 from logprobs_server.requests import ScorePlan
 from logprobs_server.score_messages import ScoreMessages
 
-__all__ = ["EngineOnLoop", "checked", "run", "scored"]
+__all__ = ["checked", "run", "scored"]
 
 _INLINE_BYTES = 16 << 10
 """Requests with no more than this to tokenise are checked on the event loop, others on another thread."""
@@ -34,50 +32,6 @@ _RETRY_S = 0.05
 _Request = TypeVar("_Request", bound=Message)
 _Plan = TypeVar("_Plan")
 _Read = TypeVar("_Read")
-
-
-class EngineOnLoop:
-    """An engine whose sinks are called on the event loop that submits: all that a step gave, with one wake-up.
-
-    Implements `Engine`. A wake-up for each of 16 streams kept the engine's thread from its next step for a millisecond.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._waiting: deque[tuple[Sink, Sequence[Event]]] = deque()
-
-    @property
-    def description(self) -> ModelDescription:
-        """The model served."""
-        return self._engine.description
-
-    def unfit(self, job: Job) -> str | None:
-        """Why the engine could never do this job."""
-        return self._engine.unfit(job)
-
-    def submit(self, job: Job, sink: Sink) -> Ticket:
-        """Queues a job; to be called on an event loop."""
-        return self._engine.submit(job, partial(self._hand_over, asyncio.get_running_loop(), sink))
-
-    def cancel(self, ticket: Ticket) -> None:
-        """Forgets a job."""
-        self._engine.cancel(ticket)
-
-    def close(self) -> None:
-        """Ends the engine's thread."""
-        self._engine.close()
-
-    def _hand_over(self, loop: asyncio.AbstractEventLoop, sink: Sink, events: Sequence[Event]) -> None:
-        """On the engine's thread."""
-        self._waiting.append((sink, events))
-        if len(self._waiting) == 1:
-            loop.call_soon_threadsafe(self._tell)
-
-    def _tell(self) -> None:
-        """On the event loop. What is appended meanwhile is told too, or wakes it again."""
-        while self._waiting:
-            sink, events = self._waiting.popleft()
-            sink(events)
 
 
 async def checked(check: Callable[[_Request], _Plan], request: _Request, *, continuations: int = 0) -> _Plan:

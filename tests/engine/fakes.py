@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from logprobs_server.engine.batch import Chunk
-from logprobs_server.engine.engine import TorchEngine
+from logprobs_server.engine.engine import TorchEngine, tell_each
 from logprobs_server.engine.events import (
     CompletionDecoded,
     ContinuationScored,
@@ -34,6 +34,7 @@ from logprobs_server.engine.types import (
     SamplingOptions,
     StoppingOptions,
     Ticket,
+    Told,
 )
 from torch import Tensor
 
@@ -173,6 +174,7 @@ def running_engine(
     max_sequences: int = 8,
     max_step_tokens: int = 32,
     max_queue: int = 100,
+    hand_over: Callable[[Told], None] = tell_each,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[TorchEngine]:
     """An engine that runs; afterwards every block must be free."""
@@ -182,6 +184,7 @@ def running_engine(
         max_sequences=max_sequences,
         max_step_tokens=max_step_tokens,
         max_queue=max_queue,
+        hand_over=hand_over,
         clock=clock,
     )
     engine.start()

@@ -21,6 +21,7 @@ from fakes import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logprobs_server.engine.engine import tell_each
 from logprobs_server.engine.events import (
     CompletionDecoded,
     CompletionFinished,
@@ -38,6 +39,7 @@ from logprobs_server.engine.types import (
     LogprobOptions,
     ScoreJob,
     StoppingOptions,
+    Told,
 )
 from torch import Tensor
 
@@ -423,3 +425,33 @@ def test_a_prompt_that_is_told_is_computed_whole() -> None:
         told = [[p for e in one.events if isinstance(e, PromptScored) for p in e.positions] for one in (first, second)]
         assert told[0] == told[1]
         assert len(told[0]) == len(LONG) - 1
+
+
+def test_what_a_step_gave_is_handed_over_at_once() -> None:
+    steps: list[int] = []
+    all_submitted = threading.Event()
+
+    def note(told: Told) -> None:
+        steps.append(len(told))
+        tell_each(told)
+
+    def logits(history: tuple[int, ...]) -> Tensor:
+        assert all_submitted.wait(60)
+        return random_logits(history)
+
+    with running_engine(FakeModel(logits), hand_over=note) as engine:
+        listeners = [Listener(engine, generate_job(prompt)) for prompt in OTHERS]
+        all_submitted.set()
+        for listener in listeners:
+            listener.wait()
+    assert max(steps) == len(OTHERS)
+    assert 0 not in steps
+
+
+def test_a_listener_that_raises_keeps_nothing_from_the_others() -> None:
+    def broken(events: Sequence[Event]) -> None:
+        raise ZeroDivisionError
+
+    with running_engine(FakeModel()) as engine:
+        engine.submit(generate_job(PROMPT), broken)
+        assert len(Listener(engine, generate_job(PROMPT, max_tokens=20)).token_ids()) == 20

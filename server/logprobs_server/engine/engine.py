@@ -36,15 +36,24 @@ from logprobs_server.engine.sampling import DrawnToken
 from logprobs_server.engine.scheduler import Scheduler, SchedulerLimits, Work
 from logprobs_server.engine.sequences import JobState, Row, Sequence
 from logprobs_server.engine.transfer import sent
-from logprobs_server.engine.types import EngineUnavailableError, Job, ModelDescription, Sink, Ticket, TokenBytes
+from logprobs_server.engine.types import EngineUnavailableError, Job, ModelDescription, Sink, Ticket, TokenBytes, Told
 
-__all__ = ["TorchEngine"]
+__all__ = ["TorchEngine", "tell_each"]
 
 _log = logging.getLogger(__name__)
 
 _SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 12 << 20, 1 << 25
 """Logits reduced at a time: 48 MiB in float32, few enough to stay small, enough rows to keep the head a product. A GPU
 has room for more, and its host waits for every slice."""
+
+
+def tell_each(told: Told) -> None:
+    """Calls sinks one after the other. One that raises is logged, and keeps nothing from the others."""
+    for sink, events in told:
+        try:
+            sink(events)
+        except Exception:
+            _log.exception("events could not be delivered")
 
 
 class TorchEngine:
@@ -58,11 +67,19 @@ class TorchEngine:
         max_sequences: int,
         max_step_tokens: int,
         max_queue: int,
+        hand_over: Callable[[Told], None] = tell_each,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Takes a model of its own.
+
+        Args:
+            max_sequences, max_step_tokens: what a step computes at most. max_queue: jobs that wait at most.
+            hand_over: has sinks take what a step gave; called on the engine's thread, must neither block nor raise.
+        """
         self._model = model
         self._vocabulary = vocabulary
         self._max_queue = max_queue
+        self._hand_over = hand_over
         self._clock = clock
         description = model.description
         limits = SchedulerLimits(
@@ -316,11 +333,8 @@ class TorchEngine:
     def _tell(self) -> None:
         """Hands over what was given. Just before a pass: the kernels' leaves the interpreter to the listeners."""
         untold, self._untold = self._untold, defaultdict(list)
-        for ticket, events in untold.items():
-            try:
-                ticket.sink(events)
-            except Exception:  # a listener that is gone must not stop the engine
-                _log.exception("events could not be delivered")
+        if untold:
+            self._hand_over([(ticket.sink, events) for ticket, events in untold.items()])
 
 
 def _scored_event(sequence: Sequence, positions: list[PositionLogprobs]) -> Event:

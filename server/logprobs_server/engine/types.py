@@ -29,6 +29,7 @@ __all__ = [
     "StoppingOptions",
     "Ticket",
     "TokenBytes",
+    "Told",
     "length_normalized",
 ]
 
@@ -162,7 +163,10 @@ Job = ScoreJob | GenerateJob
 
 
 Sink = Callable[[Sequence[Event]], None]
-"""Takes the events that one step gave one job; called on the engine's thread, must not block."""
+"""Takes the events that one step gave one job; must not block."""
+
+Told = list[tuple[Sink, Sequence[Event]]]
+"""What one step gave, and who takes it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
