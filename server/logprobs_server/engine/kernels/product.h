@@ -14,7 +14,6 @@ namespace logprobs {
 
 using at::Tensor;
 
-constexpr int64_t kCacheLine = 64;     // bytes
 constexpr int64_t kKept = 8 << 20;     // bytes that caches keep from a product until they are read
 constexpr int64_t kInputs = 64;        // inputs that one float32 sum takes before it is added to the others
 constexpr int kRows = kWide ? 12 : 6;  // rows that one read of a block serves: all registers hold sums
@@ -31,7 +30,7 @@ T* data(const Tensor& tensor) {
 // pages make it wait.
 inline void* allocate(int64_t bytes) {
   constexpr int64_t kPage = 2 << 20;
-  const int64_t unit = bytes < kPage ? 64 : kPage, whole = (std::max<int64_t>(bytes, 1) + unit - 1) / unit * unit;
+  const int64_t unit = bytes < kPage ? kCacheLine : kPage, whole = (std::max<int64_t>(bytes, 1) + unit - 1) / unit * unit;
   void* memory = std::aligned_alloc(unit, whole);
   TORCH_CHECK(memory != nullptr, "no memory for ", whole, " bytes");
   if (unit == kPage) madvise(memory, whole, MADV_HUGEPAGE);

@@ -11,7 +11,8 @@
 
 namespace logprobs {
 
-constexpr int64_t kColumns = 32;  // outputs that one block of packed weights gives
+constexpr int64_t kColumns = 32;    // outputs that one block of packed weights gives
+constexpr int64_t kCacheLine = 64;  // bytes
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 

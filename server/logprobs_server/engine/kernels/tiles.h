@@ -120,7 +120,7 @@ void product_on_tiles(const BFloat16* x, int64_t rows, int64_t ldx, const BFloat
       const int64_t now = std::min(kTileRows, rows - first);
       if (now != shaped) shape_tiles(shaped = now);
       const auto between = [&] {
-        for (int64_t line = 0; line < ahead; ++line, soon += 64) _mm_prefetch(soon, _MM_HINT_T1);
+        for (int64_t line = 0; line < ahead; ++line, soon += kCacheLine) _mm_prefetch(soon, _MM_HINT_T1);
         tell(each);
       };
       if (now > kSide)
