@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from logprobs_server.engine.events import PositionLogprobs
-from logprobs_server.engine.logprobs import _with_lowest_ids, log_sum_exp, position_logprobs, top_tokens
+from logprobs_server.engine.logprobs import _top_by_key, log_sum_exp, position_logprobs, top_tokens
 from logprobs_server.engine.types import LogprobOptions
 from torch import Tensor
 
@@ -46,13 +47,6 @@ def test_every_number_is_that_of_float64(row: list[float], token_id: int, top_co
     assert list(told.named_logprobs) == pytest.approx(exact[list(named)].tolist(), abs=ROUNDING)
     weighted = [-math.exp(logprob) * logprob for logprob in exact.tolist() if logprob > -INF]
     assert told.entropy == pytest.approx(math.fsum(weighted), abs=ROUNDING)
-
-
-@given(ROWS, st.integers(1, VOCAB))
-def test_lowest_ids_are_found_whether_or_not_the_cut_falls_among_equals(row: list[float], count: int) -> None:
-    logits = torch.tensor([row])
-    values, ids = logits.topk(count)
-    assert sorted(_with_lowest_ids(logits, values, ids)[0].tolist()) == sorted(ordered(row)[:count])
 
 
 @given(ROWS, st.integers(1, VOCAB))
@@ -110,10 +104,13 @@ def test_a_masked_token_has_the_logprob_minus_infinity() -> None:
     assert list(told.top_logprobs) == [0.0, -INF]
 
 
-@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.0, -INF]), min_size=8, max_size=8), min_size=1, max_size=4))
-def test_equal_logits_are_ordered_by_lower_id_wherever_the_cut_falls(rows: list[list[float]]) -> None:
+@pytest.mark.parametrize("top", [top_tokens, _top_by_key])
+@given(st.lists(st.lists(LOGITS | st.just(-0.0), min_size=8, max_size=8), min_size=1, max_size=4))
+def test_equal_logits_are_ordered_by_lower_id_wherever_the_cut_falls(
+    top: Callable[[Tensor, int], tuple[Tensor, Tensor]], rows: list[list[float]]
+) -> None:
     for count in range(1, 9):
-        values, ids = top_tokens(torch.tensor(rows), count)
+        values, ids = top(torch.tensor(rows), count)
         assert ids.tolist() == [ordered(row)[:count] for row in rows]
         assert values.tolist() == [[row[i] for i in ordered(row)[:count]] for row in rows]
 

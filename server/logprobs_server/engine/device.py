@@ -1,6 +1,6 @@
 """The device path: runs an `Architecture` with torch's own operations on any device. Implements `Model`.
 
-Meant for CUDA: static shapes, CUDA graphs for decoding, and no operation that makes the host wait. The residual stream,
+Meant for CUDA: static shapes, CUDA graphs of steps, and no operation that makes the host wait. The residual stream,
 norms, rotations, activations and logits are float32; products take the model's dtype and accumulate in float32.
 
 Designed so that a row's bits do not depend on the other rows: products run in tiles of one fixed number of rows, for
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -23,15 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.decoder import Architecture, Layer, Linear, Norm
-from logprobs_server.engine.device_batch import (
-    Batch,
-    Padding,
-    decode_batch,
-    decode_numbers,
-    decode_shape,
-    mixed_batch,
-)
-from logprobs_server.engine.graphs import DecodeGraphs
+from logprobs_server.engine.device_batch import Batch, Padding, Shape, batch_of, numbers_of, shape_of
+from logprobs_server.engine.graphs import StepGraphs
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
 from logprobs_server.engine.paged_attention import Heads, View, attend, view_of
 from logprobs_server.engine.transfer import sent
@@ -55,8 +48,8 @@ _T = TypeVar("_T")
 class DeviceModel:
     """A decoder on one device. Hidden states are float32, before the final norm.
 
-    Keys and values are in blocks, with one block more than is handed out, where rows of padding store theirs; block 0
-    stays zero.
+    Keys and values, heads of the former before those of the latter, are in blocks, with one block more than is handed
+    out, where rows of padding store theirs; block 0 stays zero.
     """
 
     def __init__(
@@ -87,12 +80,12 @@ class DeviceModel:
         kept = _kept_dtype(dtype)
         # ALiBi's distances need more digits than half precision has.
         self._attention_dtype = kept if whole.slopes is None else torch.float32
-        shape = (len(whole.layers), 2, num_blocks + 1, BLOCK_SIZE, whole.key_heads, whole.head_size)
+        shape = (len(whole.layers), num_blocks + 1, BLOCK_SIZE, 2 * whole.key_heads, whole.head_size)
         self._cache = torch.zeros(shape, dtype=kept, device=device)
         if device.type == "cuda":
             _compute_exactly()
         self._widens = _widens(dtype, device)
-        self._graphs = DecodeGraphs(self._decode, device) if device.type == "cuda" else None
+        self._graphs = StepGraphs(self._run, device) if device.type == "cuda" else None
 
     @staticmethod
     def block_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
@@ -104,13 +97,11 @@ class DeviceModel:
         """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""
         self._clear(chunks)
         count = sum(len(chunk.token_ids) for chunk in chunks)
-        if count > len(chunks):
-            return self._run(mixed_batch(chunks, self._padding, self.device))[:count]
-        shape = decode_shape(chunks)
-        numbers = decode_numbers(chunks, *shape, self._padding)
+        shape = shape_of(chunks, self._padding)
+        numbers = numbers_of(chunks, shape, self._padding)
         if self._graphs is not None:
             return self._graphs.replay(numbers, shape)[:count]
-        return self._decode(sent(numbers, self.device), shape)[:count]
+        return self._run(sent(numbers, self.device), shape)[:count]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] float32 that follow hidden states [rows, hidden]."""
@@ -121,7 +112,7 @@ class DeviceModel:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies keys and values of blocks, (from, to)."""
         sources, targets = sent(pairs, self.device).T
-        self._cache[:, :, targets] = self._cache[:, :, sources]
+        self._cache[:, targets] = self._cache[:, sources]
 
     def _clear(self, chunks: Sequence[Chunk]) -> None:
         """Zeroes the blocks that chunks begin: what was left there must not reach sums, not even times 0."""
@@ -131,21 +122,18 @@ class DeviceModel:
             for block in chunk.blocks[blocks_for(chunk.start) : blocks_for(chunk.start + len(chunk.token_ids))]
         ]
         if begun:
-            self._cache.index_fill_(2, sent(begun, self.device), 0)
+            self._cache.index_fill_(1, sent(begun, self.device), 0)
 
-    def _decode(self, numbers: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Runs chunks of one token each, whose numbers are on the device."""
-        return self._run(decode_batch(numbers, *shape, self._padding))
-
-    def _run(self, batch: Batch) -> Tensor:
-        """Runs a batch; returns [rows, hidden] float32."""
+    def _run(self, numbers: Tensor, shape: Shape) -> Tensor:
+        """Runs a batch whose numbers are on the device; returns [rows, hidden] float32."""
+        batch = batch_of(numbers, shape)
         windows = {layer.window for layer in self._whole.layers}
         views = {
             window: [view_of(group, window, self._heads, self._attention_dtype) for group in batch.groups]
             for window in windows
         }
         tables = {id(layer.rotation): layer.rotation for layer in self._whole.layers}
-        turns = {key: None if table is None else table[batch.positions] for key, table in tables.items()}
+        turns = {key: None if table is None else _turn(table, batch.positions) for key, table in tables.items()}
         residual = self._embedded(batch)
         with _one_attention_kernel(self.device):
             for layer, cache in zip(self._whole.layers, self._cache, strict=True):
@@ -166,10 +154,10 @@ class DeviceModel:
         residual: Tensor,
         batch: Batch,
         cache: Tensor,
-        turn: Tensor | None,
+        turn: _Turn | None,
         views: Sequence[View],
     ) -> Tensor:
-        """One layer: residual stream in and out, [rows, hidden] float32. cache: [2, blocks, …], its keys and values."""
+        """One layer: residual stream in and out, [rows, hidden] float32. cache: [blocks, …], its keys and values."""
         attended = self._attention(layer, residual, batch, cache, turn, views)
         if self._whole.parallel:
             return residual + attended + self._mlp(layer, residual)
@@ -182,25 +170,27 @@ class DeviceModel:
         residual: Tensor,
         batch: Batch,
         cache: Tensor,
-        turn: Tensor | None,
+        turn: _Turn | None,
         views: Sequence[View],
     ) -> Tensor:
         """What attention adds to the residual stream; the rows' keys and values are stored on the way."""
         heads = self._heads
         qkv = self._product(self._norm(residual, layer.input_norm).to(self._dtype), layer.qkv)
         by_head = qkv.view(len(qkv), -1, heads.size)
-        asking, keys, values = torch.split(by_head, [heads.query, heads.key, heads.key], dim=1)
-        if layer.query_norm is not None:
-            asking = self._head_norm(asking, layer.query_norm)
-        if layer.key_norm is not None:
-            keys = self._head_norm(keys, layer.key_norm)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            asking, keys, values = torch.split(by_head, [heads.query, heads.key, heads.key], dim=1)
+            normed = self._head_norm(asking, layer.query_norm), self._head_norm(keys, layer.key_norm)
+            by_head = torch.cat([*normed, values], dim=1)
         if turn is not None:
-            asking, keys = _turned(asking, turn), _turned(keys, turn)
-        for store, new in zip(cache, (keys, values), strict=True):
-            store.view(-1, heads.key, heads.size).index_copy_(0, batch.slots, new.to(cache.dtype))
-        asking = asking.to(self._attention_dtype)
-        mixed = [attend(asking[g.rows], cache, view, heads) for g, view in zip(batch.groups, views, strict=True)]
-        added = self._product(torch.cat(mixed).index_select(0, batch.order).to(self._dtype), layer.out)
+            _rotate(by_head[:, : heads.query + heads.key], turn)
+        cache.view(-1, 2 * heads.key, heads.size).index_copy_(0, batch.slots, by_head[:, heads.query :].to(cache.dtype))
+        asking = by_head[:, : heads.query].to(self._attention_dtype)
+        mixed = [
+            attend(asking[group.rows], cache, view, heads, self._dtype)
+            for group, view in zip(batch.groups, views, strict=True)
+        ]
+        together = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        added = self._product(together.index_select(0, batch.order), layer.out)
         return added if layer.after_attention is None else self._norm(added, layer.after_attention)
 
     def _mlp(self, layer: Layer, residual: Tensor) -> Tensor:
@@ -209,10 +199,10 @@ class DeviceModel:
         activation = _ACTIVATIONS[self._whole.activation]
         if self._whole.gated:
             gate, up = raised.chunk(2, dim=-1)
-            active = activation(gate) * up
+            active = torch.mul(activation(gate), up, out=torch.empty_like(up, dtype=self._dtype))
         else:
-            active = activation(raised)
-        added = self._product(active.to(self._dtype), layer.down)
+            active = activation(raised).to(self._dtype)
+        added = self._product(active, layer.down)
         return added if layer.after_mlp is None else self._norm(added, layer.after_mlp)
 
     def _norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -225,21 +215,36 @@ class DeviceModel:
 
     def _product(self, x: Tensor, linear: Linear) -> Tensor:
         """x [rows, inputs] in the model's dtype; returns [rows, outputs] float32, unrounded where torch can."""
-        tiles = torch.split(x, self._padding.tile)
-        if self._widens:
-            parts = [torch.mm(tile, linear.weight.t(), out_dtype=torch.float32) for tile in tiles]
-        else:
-            parts = [functional.linear(tile, linear.weight).float() for tile in tiles]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        weight, tile = linear.weight.t(), self._padding.tile
+        out = torch.empty(len(x), weight.shape[1], dtype=torch.float32, device=x.device)
+        for given, target in zip(torch.split(x, tile), torch.split(out, tile), strict=True):
+            if self._widens:
+                torch.mm(given, weight, out_dtype=torch.float32, out=target)
+            else:
+                target.copy_(torch.mm(given, weight))
         return out if linear.bias is None else out.add_(linear.bias)
 
 
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """x [rows, heads, size] with its first dimensions rotated; turn [rows, dimensions]: cosines, then sines."""
-    rotary = turn.shape[-1]
-    cosine, sine = turn.unsqueeze(1).chunk(2, dim=-1)
-    a, b = x[..., :rotary].chunk(2, dim=-1)
-    return torch.cat([a * cosine - b * sine, b * cosine + a * sine, x[..., rotary:]], dim=-1)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """What rotates rows: factors of each dimension and of the one that it is paired with, [rows, 1, dimensions]."""
+
+    own: Tensor
+    other: Tensor
+
+
+def _turn(table: Tensor, positions: Tensor) -> _Turn:
+    """table: [positions, dimensions], cosines, then sines."""
+    cosine, sine = table[positions].unsqueeze(1).chunk(2, dim=-1)
+    return _Turn(own=torch.cat([cosine, cosine], dim=-1), other=torch.cat([-sine, sine], dim=-1))
+
+
+def _rotate(x: Tensor, turn: _Turn) -> None:
+    """Rotates the first dimensions of x [rows, heads, size] in place."""
+    turned = x[..., : turn.own.shape[-1]]
+    first, second = turned.chunk(2, dim=-1)
+    paired = torch.cat([second, first], dim=-1)
+    turned.mul_(turn.own).addcmul_(paired, turn.other)
 
 
 def _moved(value: _T, device: torch.device, seen: dict[int, Tensor]) -> _T:
@@ -270,7 +275,7 @@ def _widens(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     one = torch.ones(16, 16, dtype=dtype, device=device)
     try:
-        torch.mm(one, one, out_dtype=torch.float32)
+        torch.mm(one, one, out_dtype=torch.float32, out=one.float())
     except (RuntimeError, TypeError):  # the device has none, or this torch does not know the argument
         return False
     return True

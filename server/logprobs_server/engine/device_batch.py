@@ -1,13 +1,13 @@
 """The rows of one step as a device wants them: in few shapes, with the places of their keys and values.
 
-Everything is padded to buckets, so that shapes return: rows, the width of block tables, the length of chunks that
-attend together. Knows blocks and positions, nothing of weights.
+Everything is padded to buckets, so that shapes return: rows, the width of block tables, how many chunks attend together
+and how long they are. Knows blocks and positions, nothing of weights.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +15,8 @@ from torch import Tensor
 
 from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
-from logprobs_server.engine.transfer import sent
 
-__all__ = [
-    "ALIGNED_BLOCKS",
-    "Batch",
-    "Group",
-    "Padding",
-    "decode_batch",
-    "decode_numbers",
-    "decode_shape",
-    "mixed_batch",
-]
+__all__ = ["ALIGNED_BLOCKS", "Batch", "Group", "GroupShape", "Padding", "Shape", "batch_of", "numbers_of", "shape_of"]
 
 ALIGNED_BLOCKS = 8
 """Blocks, 256 keys, that attention starts at multiples of, and the narrowest block table: no kernel that goes through
@@ -43,6 +33,27 @@ class Padding:
     def rows(self, count: int) -> int:
         """Rows of a batch that has to hold `count`."""
         return -(-count // self.tile) * self.tile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupShape:
+    """How many chunks attend together, the length to which they are padded, and the width of their block tables."""
+
+    count: int
+    length: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The shape of a batch: what is done for it is the same whatever the numbers are.
+
+    leading: the first group's queries are the first rows: tokens that decode, which the scheduler puts first.
+    """
+
+    rows: int
+    groups: tuple[GroupShape, ...]
+    leading: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,72 +82,77 @@ class Batch:
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
-    groups: Sequence[Group]
     order: Tensor
+    groups: Sequence[Group]
 
 
-def decode_shape(chunks: Sequence[Chunk]) -> tuple[int, int]:
-    """The bucket of chunks that are one token each: how many, and how wide their block tables are."""
-    return _bucket(len(chunks)), _width(chunks)
+def shape_of(chunks: Sequence[Chunk], padding: Padding) -> Shape:
+    """The bucket that chunks fall into."""
+    members = _members(chunks)
+    groups = tuple(
+        GroupShape(count=_bucket(len(group)), length=length, width=_width(chunk for chunk, _ in group))
+        for length, group in members
+    )
+    shortest, group = members[0]
+    leading = shortest == 1 and group[-1][1] == len(group) - 1
+    count = max(sum(len(chunk.token_ids) for chunk in chunks), groups[0].count if leading else 0)
+    return Shape(rows=padding.rows(count), groups=groups, leading=leading)
 
 
-def decode_numbers(chunks: Sequence[Chunk], rows: int, width: int, padding: Padding) -> list[int]:
-    """What `decode_batch` reads, for chunks of one token each."""
-    added = padding.rows(rows) - len(chunks)
-    numbers = [chunk.token_ids[0] for chunk in chunks] + [0] * added
-    numbers += [chunk.start for chunk in chunks] + [0] * added
+def numbers_of(chunks: Sequence[Chunk], shape: Shape, padding: Padding) -> list[int]:
+    """What `batch_of` reads, for chunks that fall into this bucket."""
+    token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
+    added = shape.rows - len(token_ids)
+    order, queries = [0] * shape.rows, 0
+    grouped: list[int] = []
+    for group, (length, members) in zip(shape.groups, _members(chunks), strict=True):
+        for place, (chunk, first) in enumerate(members):
+            count = len(chunk.token_ids)
+            order[first : first + count] = range(queries + place * length, queries + place * length + count)
+        queries += group.count * length
+        grouped += _group_numbers(group, members)
+    numbers = token_ids + [0] * added
+    numbers += [p for chunk in chunks for p in range(chunk.start, chunk.start + len(chunk.token_ids))] + [0] * added
     numbers += [slot for chunk in chunks for slot in _slots(chunk)] + [padding.slot] * added
-    for chunk in chunks:
-        numbers += _table(chunk, width)
-    return numbers + [0] * (rows - len(chunks)) * width
+    return numbers + order + grouped
 
 
-def decode_batch(numbers: Tensor, rows: int, width: int, padding: Padding) -> Batch:
-    """The batch of `rows` chunks of one token each as views of `numbers`, which may be filled anew."""
-    padded = padding.rows(rows)
-    token_ids, positions, slots = numbers[: 3 * padded].view(3, padded)
-    tables = numbers[3 * padded :].view(rows, width)
-    order = torch.arange(padded, device=numbers.device).clamp_(max=rows - 1)
-    group = Group(rows=slice(rows), starts=positions[:rows], tables=tables, length=1)
-    return Batch(token_ids=token_ids, positions=positions, slots=slots, groups=[group], order=order)
+def batch_of(numbers: Tensor, shape: Shape) -> Batch:
+    """The batch as views of `numbers`, which may be filled anew."""
+    token_ids, positions, slots, order = numbers[: 4 * shape.rows].view(4, shape.rows)
+    groups, left = [], numbers[4 * shape.rows :]
+    for index, group in enumerate(shape.groups):
+        queries = group.count * group.length
+        sizes = [queries, group.count, group.count * group.width]
+        rows, starts, tables, left = torch.split(left, [*sizes, len(left) - sum(sizes)])
+        groups.append(
+            Group(
+                rows=slice(queries) if shape.leading and index == 0 else rows,
+                starts=starts,
+                tables=tables.view(group.count, group.width),
+                length=group.length,
+            )
+        )
+    return Batch(token_ids=token_ids, positions=positions, slots=slots, order=order, groups=groups)
 
 
-def mixed_batch(chunks: Sequence[Chunk], padding: Padding, device: torch.device) -> Batch:
-    """The batch of chunks of any lengths; those whose lengths have one bucket attend together."""
+def _members(chunks: Sequence[Chunk]) -> list[tuple[int, list[tuple[Chunk, int]]]]:
+    """Chunks, each with its first row, by the length that they are padded to, the shortest first."""
     members: defaultdict[int, list[tuple[Chunk, int]]] = defaultdict(list)
     row = 0
     for chunk in chunks:
         members[_bucket(len(chunk.token_ids))].append((chunk, row))
         row += len(chunk.token_ids)
-    added = padding.rows(row) - row
-    order, queries = [0] * padding.rows(row), 0
-    for length, group in members.items():
-        for chunk, first in group:
-            count = len(chunk.token_ids)
-            order[first : first + count] = range(queries, queries + count)
-            queries += length
-    token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
-    positions = [p for chunk in chunks for p in range(chunk.start, chunk.start + len(chunk.token_ids))]
-    slots = [slot for chunk in chunks for slot in _slots(chunk)]
-    return Batch(
-        token_ids=sent(token_ids + [0] * added, device),
-        positions=sent(positions + [0] * added, device),
-        slots=sent(slots + [padding.slot] * added, device),
-        groups=[_group(length, group, device) for length, group in members.items()],
-        order=sent(order, device),
-    )
+    return sorted(members.items())
 
 
-def _group(length: int, members: Sequence[tuple[Chunk, int]], device: torch.device) -> Group:
-    """Chunks, each with its first row, padded to `length` queries: those added are the chunk's last row again."""
-    width = _width([chunk for chunk, _ in members])
-    rows = [first + min(i, len(chunk.token_ids) - 1) for chunk, first in members for i in range(length)]
-    return Group(
-        rows=sent(rows, device),
-        starts=sent([chunk.start for chunk, _ in members], device),
-        tables=sent([_table(chunk, width) for chunk, _ in members], device),
-        length=length,
-    )
+def _group_numbers(group: GroupShape, members: Sequence[tuple[Chunk, int]]) -> list[int]:
+    """Rows, starts and tables of chunks padded to a group: added queries are their chunk's last row again."""
+    added = group.count - len(members)
+    rows = [first + min(i, len(chunk.token_ids) - 1) for chunk, first in members for i in range(group.length)]
+    starts = [chunk.start for chunk, _ in members]
+    tables = [block for chunk, _ in members for block in _table(chunk, group.width)]
+    return rows + [0] * added * group.length + starts + [0] * added + tables + [0] * added * group.width
 
 
 def _bucket(count: int) -> int:
@@ -149,7 +165,7 @@ def _num_blocks(chunk: Chunk) -> int:
     return blocks_for(chunk.start + len(chunk.token_ids))
 
 
-def _width(chunks: Sequence[Chunk]) -> int:
+def _width(chunks: Iterator[Chunk]) -> int:
     return max(ALIGNED_BLOCKS, _bucket(max(_num_blocks(chunk) for chunk in chunks)))
 
 

@@ -75,22 +75,22 @@ def _bias(seen: Tensor, distance: Tensor, heads: Heads, dtype: torch.dtype) -> T
     return bias.masked_fill_(~seen[:, None, :, None], masked).flatten(2, 3)
 
 
-def attend(queries: Tensor, cache: Tensor, view: View, heads: Heads) -> Tensor:
+def attend(queries: Tensor, cache: Tensor, view: View, heads: Heads, dtype: torch.dtype) -> Tensor:
     """Attention of a group's queries.
 
     Args:
         queries: [chunks · length, query heads, size], of the bias's dtype.
-        cache: a layer's keys and values, [2, blocks, BLOCK_SIZE, key heads, size].
+        cache: a layer's keys and values, [blocks, BLOCK_SIZE, heads of keys, then of values, size].
+        dtype: of the result.
     Returns:
         [chunks · length, query heads · size].
     """
     chunks = view.bias.shape[0]
-    shape = (chunks, -1, heads.key, heads.group, heads.size)
-    asking = queries.view(shape).transpose(1, 2).flatten(2, 3)  # [chunks, key heads, length · heads of a group, size]
-    keys, values = (
-        store.index_select(0, view.blocks).view(chunks, -1, heads.key, heads.size).transpose(1, 2).to(queries.dtype)
-        for store in cache
-    )  # [chunks, key heads, keys, size]
+    asking = queries.view(chunks, -1, heads.key, heads.group, heads.size)
+    asking = asking.transpose(1, 2).flatten(2, 3)  # [chunks, key heads, length · heads of a group, size]
+    held = cache.index_select(0, view.blocks).to(queries.dtype)
+    held = held.view(chunks, -1, 2, heads.key, heads.size).transpose(1, 3)  # [chunks, key heads, 2, keys, size]
+    keys, values = held.unbind(2)
     mixed = functional.scaled_dot_product_attention(asking, keys, values, attn_mask=view.bias, scale=heads.scale)
     by_query = mixed.view(chunks, heads.key, -1, heads.group, heads.size).transpose(1, 2)
-    return by_query.reshape(queries.shape[0], heads.query * heads.size)
+    return by_query.to(dtype, memory_format=torch.contiguous_format).reshape(-1, heads.query * heads.size)

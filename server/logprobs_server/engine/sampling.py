@@ -99,7 +99,8 @@ def _touched(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     masked = [(row, token_id) for row, draw in enumerate(draws) for token_id in draw.masked_ids]
     if masked:
         rows, ids = sent(masked, logits.device).T
-        logits[rows, ids] = -torch.inf
+        # A number would be sent to the device, and waited for.
+        logits[rows, ids] = logits.new_full((), -torch.inf)
     return logits
 
 
@@ -174,7 +175,7 @@ def _most_typical(values: Tensor, ids: Tensor | None, options: Sequence[Sampling
     total = _log_sum_exp_in_order(values).unsqueeze(-1)  # [rows, 1]
     logprobs = values.double() - total
     terms = (logprobs.exp() * logprobs).nan_to_num_(nan=0.0)  # 0 · -inf is 0 here
-    distances = (logprobs - terms.cumsum(dim=-1)[:, -1:]).abs_()  # from minus the entropy
+    distances = (logprobs - terms.cumsum(dim=-1)[:, -1:]).abs_().float()  # from minus the entropy
 
     def kept(nearness: Tensor, places: Tensor) -> Tensor:
         weights = logprobs.gather(-1, places).exp()  # [rows, count]
