@@ -32,6 +32,8 @@ _MOST_BYTES = 1 << 24
 class LlamaServer(Streaming):
     """One connection per request: it drops those that are kept."""
 
+    leaves_out = True  # those that end within a character
+
     def __init__(self, port: int, ready_s: float, *, streams: bool) -> None:
         self._port = port
         self._streams = streams

@@ -53,6 +53,8 @@ class Streaming(ABC):
     """A subject that takes requests one by one and tells tokens as they come."""
 
     ready_s: float | None = None
+    leaves_out = False
+    """Whether a few tokens may be missing from what it streams."""
 
     @abstractmethod
     async def generate(self, prompt: Sequence[int], task: Task, note: Note) -> None:
@@ -101,7 +103,8 @@ class Streaming(ABC):
         """What a call noted, read only now, so that reading takes no time from anyone."""
         read = [(at, tokens) for at, message in call.noted if (tokens := self.tokens(message, task.top))]
         call.told = [token for _, tokens in read for token in tokens]
-        assert len(call.told) == expected, f"told {len(call.told)} tokens, not {expected}"
+        least = expected * 9 // 10 if self.leaves_out else expected
+        assert least <= len(call.told) <= expected, f"told {len(call.told)} tokens, not {expected}"
         return Stream(start=call.start, times=[at for at, _ in read], counts=[len(tokens) for _, tokens in read])
 
 

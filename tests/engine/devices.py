@@ -22,6 +22,7 @@ __all__ = [
     "CUDA",
     "FAMILIES",
     "NUM_BLOCKS",
+    "TILE",
     "TOLERANCE",
     "Sequences",
     "check_company",

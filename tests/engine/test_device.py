@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from devices import FAMILIES, NUM_BLOCKS, TOLERANCE, Sequences, check_company, deviation, device_model, drawn_ids
+from devices import FAMILIES, NUM_BLOCKS, TILE, TOLERANCE, Sequences, check_company, deviation, device_model, drawn_ids
 from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.decoder import architecture_of
+from logprobs_server.engine.device_batch import WIDE
 from tiny_models import CONTEXT_LENGTH, tiny_model
 from torch import Tensor
 
@@ -108,6 +109,24 @@ def test_what_a_block_held_before_does_not_matter() -> None:
     sequences.step(served, {0: 40, 1: 30})
     logits = sequences.finish(served, 0, 1)
     assert deviation(logits, model, sequences.ids[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("by_tile", [False, True])
+def test_wide_products_are_used_where_they_change_no_bit(by_tile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.mm
+    sizes = set()
+
+    def mm(x: Tensor, weight: Tensor) -> Tensor:
+        sizes.add(len(x))
+        rows = torch.cat([given(row, weight) for row in x.split(1)])
+        return rows * (1 + 1e-6 * len(x)) if by_tile else rows
+
+    monkeypatch.setattr(torch, "mm", mm)
+    served = device_model(tiny_model("llama"))
+    sizes.clear()
+    whole, pieces = Sequences(40), Sequences(40)
+    assert torch.equal(whole.finish(served, 0, 40), pieces.finish(served, 0, 3))
+    assert sizes == ({TILE} if by_tile else {TILE, WIDE * TILE})
 
 
 def test_a_copied_block_holds_what_it_was_copied_from() -> None:

@@ -16,23 +16,41 @@ from torch import Tensor
 from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
 
-__all__ = ["ALIGNED_BLOCKS", "Batch", "Group", "GroupShape", "Padding", "Shape", "batch_of", "numbers_of", "shape_of"]
+__all__ = [
+    "ALIGNED_BLOCKS",
+    "WIDE",
+    "Batch",
+    "Group",
+    "GroupShape",
+    "Padding",
+    "Shape",
+    "batch_of",
+    "numbers_of",
+    "shape_of",
+]
 
 ALIGNED_BLOCKS = 8
 """Blocks, 256 keys, that attention starts at multiples of, and the narrowest block table: no kernel that goes through
 keys in pieces of up to 256 then cuts them at other positions because a table is wider or a window starts later."""
+_COARSE = 4
+"""Base of the buckets of steps with prompts, which are of so many kinds that few would return in finer ones."""
+_LEAST_LENGTH = 32
+"""To which the chunks of prompts are padded at least where they attend."""
+WIDE = 4
+"""Tiles that make a wide one. Products of a wide tile take no longer than those of two tiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Padding:
-    """How rows are filled up: to a multiple of `tile`; what those added compute is stored in `slot`, for nobody."""
+    """How rows are filled up: to one or two tiles, or wide ones. What those added store goes to `slot`, for nobody."""
 
     tile: int
     slot: int
 
     def rows(self, count: int) -> int:
         """Rows of a batch that has to hold `count`."""
-        return -(-count // self.tile) * self.tile
+        size = self.tile if count <= 2 * self.tile else WIDE * self.tile
+        return -(-count // size) * size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +107,13 @@ class Batch:
 def shape_of(chunks: Sequence[Chunk], padding: Padding) -> Shape:
     """The bucket that chunks fall into."""
     members = _members(chunks)
+    base = 2 if all(length == 1 for length, _ in members) else _COARSE
     groups = tuple(
-        GroupShape(count=_bucket(len(group)), length=length, width=_width(chunk for chunk, _ in group))
+        GroupShape(
+            count=_bucket(len(group), base if length == 1 else 2),
+            length=length,
+            width=_width((chunk for chunk, _ in group), base),
+        )
         for length, group in members
     )
     shortest, group = members[0]
@@ -141,7 +164,8 @@ def _members(chunks: Sequence[Chunk]) -> list[tuple[int, list[tuple[Chunk, int]]
     members: defaultdict[int, list[tuple[Chunk, int]]] = defaultdict(list)
     row = 0
     for chunk in chunks:
-        members[_bucket(len(chunk.token_ids))].append((chunk, row))
+        count = len(chunk.token_ids)
+        members[1 if count == 1 else max(_LEAST_LENGTH, _bucket(count, 2))].append((chunk, row))
         row += len(chunk.token_ids)
     return sorted(members.items())
 
@@ -155,9 +179,10 @@ def _group_numbers(group: GroupShape, members: Sequence[tuple[Chunk, int]]) -> l
     return rows + [0] * added * group.length + starts + [0] * added + tables + [0] * added * group.width
 
 
-def _bucket(count: int) -> int:
-    """The least power of two that is not below `count`."""
-    return 1 << (count - 1).bit_length()
+def _bucket(count: int, base: int) -> int:
+    """The least power of 2 or 4 that is not below `count`."""
+    bits = (count - 1).bit_length()
+    return 1 << (bits + bits % 2 if base == 4 else bits)
 
 
 def _num_blocks(chunk: Chunk) -> int:
@@ -165,8 +190,8 @@ def _num_blocks(chunk: Chunk) -> int:
     return blocks_for(chunk.start + len(chunk.token_ids))
 
 
-def _width(chunks: Iterator[Chunk]) -> int:
-    return max(ALIGNED_BLOCKS, _bucket(max(_num_blocks(chunk) for chunk in chunks)))
+def _width(chunks: Iterator[Chunk], base: int) -> int:
+    return ALIGNED_BLOCKS * _bucket(-(-max(_num_blocks(chunk) for chunk in chunks) // ALIGNED_BLOCKS), base)
 
 
 def _table(chunk: Chunk, width: int) -> list[int]:
