@@ -387,7 +387,7 @@ inline int64_t first_block(const Step& step, const Tile& tile, const Look& look)
 // Queries of a tile against all their keys, for one head of keys. after: what is likely read next.
 template <class T, class C>
 void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t head, const Heads& heads,
-                 const Look& look, const Kept<C>& kept, const Block<C>& after, T* out) {
+                 const Look& look, const Kept<C>& kept, const Block<C>& after, const Inputs<T>& out) {
   const auto [chunk, row, count] = tile;
   static thread_local Arena arena;
   const int64_t group = heads.group(), size = heads.size, lines = count * group, cells = cells_of<C>(size);
@@ -453,10 +453,10 @@ void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t h
       pass.template operator()<kRows>(at(b), after, b * kBlock);
   }
   for (int64_t l = 0; l < lines; ++l) {
-    T* to = out + ((row + l / group) * heads.query + head * group + l % group) * size;
+    const int64_t start = (head * group + l % group) * size;
     const Floats share = spread(1.0f / sum(load(totals + l * kLanes)));
     each_vector(size, [&](int64_t i, Mask lanes) {
-      store(to + i, mul(load(sums + l * size + i, lanes), share), lanes);
+      store(out.at(row + l / group, start + i), mul(load(sums + l * size + i, lanes), share), lanes);
     });
   }
 }
@@ -501,10 +501,10 @@ Later read_by(const Step& step, const Tiles& cuts, const Heads& heads, const Loo
   return {base, blocks.data(), static_cast<int64_t>(blocks.size()), kept.layers * bytes, bytes};
 }
 
-// out[rows, query heads · size] of a layer whose queries, keys and values are qkv[rows, width]. By every member.
+// out [rows, query heads · size] of a layer whose queries, keys and values are qkv[rows, width]. By every member.
 template <class T, class C>
 void attend(Team& team, float* qkv, const Step& step, const Tiles& cuts, const Heads& heads, const Look& look,
-            const Kept<C>& kept, T* out) {
+            const Kept<C>& kept, const Inputs<T>& out) {
   const int64_t count = cuts.blocks.size() * heads.key;
   if (count > 0)
     team.each(count, [&](int64_t i) {

@@ -85,9 +85,9 @@ class Layers {
   void forward(const int64_t* tokens, const Step& step, float* residual) {
     const Tiles cuts = cut(step, shape_.heads);
     room_.restart();
-    Buffers b{room_.take<X>(step.rows * shape_.hidden), room_.take<X>(step.rows * shape_.hidden),
-              room_.take<X>(step.rows * shape_.heads.query * shape_.heads.size), room_.take<X>(step.rows * shape_.inner),
-              room_.take<float>(step.rows * shape_.heads.width()), room_.take<float>(step.rows * shape_.hidden)};
+    const int64_t rows = step.rows, mixed = shape_.heads.query * shape_.heads.size;
+    Buffers b{inputs(rows, shape_.hidden), inputs(rows, shape_.hidden), inputs(rows, mixed), inputs(rows, shape_.inner),
+              room_.take<float>(rows * shape_.heads.width()), room_.take<float>(rows * shape_.hidden)};
     Team& team = Team::get();
     team.run([&] {
       team.each(step.rows, [&](int64_t r) { embed(tokens[r], step.positions[r], residual + r * shape_.hidden); });
@@ -98,14 +98,14 @@ class Layers {
   // out [rows, vocab], at the start of a cache line, of hidden [rows, hidden].
   void logits(const float* hidden, int64_t rows, float* out) {
     room_.restart();
-    X* normed = room_.take<X>(rows * shape_.hidden);
+    const Inputs<X> normed = inputs(rows, shape_.hidden);
     Team& team = Team::get();
     team.run([&] {
       norm(team, hidden, rows, final_norm_, normed);
       if (shape_.vocab % kLanes == 0 && rows * shape_.vocab > kCached)
-        product(team, normed, rows, shape_.hidden, head_, stream(out, shape_.vocab));
+        product(team, normed, rows, head_, stream(out, shape_.vocab));
       else
-        product(team, normed, rows, shape_.hidden, head_, put(out, shape_.vocab));
+        product(team, normed, rows, head_, put(out, shape_.vocab));
       _mm_sfence();
     });
   }
@@ -114,9 +114,16 @@ class Layers {
   using X = Input<T>;
 
   struct Buffers {
-    X *normed, *mlp_normed, *mixed, *active;
+    Inputs<X> normed, mlp_normed, mixed, active;
     float *qkv, *after;
   };
+
+  // Room for what a product takes; tiled if all its vectors of 16, those of each head among them, stay whole.
+  Inputs<X> inputs(int64_t rows, int64_t width) {
+    const bool whole = width % kTileInputs == 0 && shape_.heads.size % kLanes == 0;
+    const bool tiled = std::is_same_v<X, BFloat16> && on_tiles() && rows > kFew && whole;
+    return {room_.take<X>((rows + kSide - 1) / kSide * kSide * width), width, tiled};
+  }
 
   void embed(int64_t token, int64_t position, float* row) const {
     const Floats scale = spread(shape_.embedding_scale);
@@ -129,20 +136,23 @@ class Layers {
     if (embedding_.norm.weight != nullptr) norm_row(row, shape_.hidden, embedding_.norm, row);
   }
 
-  template <class O>
-  void norm(Team& team, const float* x, int64_t rows, const Norm& how, O* out, bool more = false) {
-    team.each(rows, [&](int64_t r) { norm_row(x + r * shape_.hidden, shape_.hidden, how, out + r * shape_.hidden, more); });
+  void norm(Team& team, const float* x, int64_t rows, const Norm& how, const Inputs<X>& out) {
+    team.each(rows, [&](int64_t r) {
+      norm_row_to(x + r * shape_.hidden, shape_.hidden, how, [&](int64_t i) { return out.at(r, i); });
+    });
   }
 
   // norm(x) of all rows for the member that calls: of few rows by itself, in its own memory, since to wait for the others
   // takes longer; of many by the team, in `shared`.
-  const X* normed(Team& team, const float* x, int64_t rows, const Norm& how, X* shared, Arena& own) {
+  Inputs<X> normed(Team& team, const float* x, int64_t rows, const Norm& how, const Inputs<X>& shared, Arena& own) {
     if (rows > kFew) {
       norm(team, x, rows, how, shared);
       return shared;
     }
-    X* out = reinterpret_cast<X*>(own.floats(rows * shape_.hidden));
-    for (int64_t r = 0; r < rows; ++r) norm_row(x + r * shape_.hidden, shape_.hidden, how, out + r * shape_.hidden);
+    const int64_t hidden = shape_.hidden;
+    const Inputs<X> out{reinterpret_cast<X*>(own.floats(rows * hidden)), hidden};
+    for (int64_t r = 0; r < rows; ++r)
+      norm_row_to(x + r * hidden, hidden, how, [&](int64_t i) { return out.at(r, i); });
     return out;
   }
 
@@ -172,9 +182,9 @@ class Layers {
     };
   }
 
-  // Puts activation(x) into out[rows, inner]; of a gated product activation(left) · right, 16 of each to a block.
+  // Puts activation(x) into out [rows, inner]; of a gated product activation(left) · right, 16 of each to a block.
   template <bool kOnlySilu>
-  auto activate(X* out) const {
+  auto activate(const Inputs<X>& out) const {
     return [out, this](int64_t row, int64_t block, Floats left, Floats right) {
       const int64_t inner = shape_.inner;
       const auto activated = [this](Floats x) {
@@ -184,45 +194,45 @@ class Layers {
           return gelu_or_relu(x, shape_.activation);
       };
       if (shape_.gated) {
-        store(out + row * inner + block * kLanes, mul(activated(left), right), first_lanes(inner - block * kLanes));
+        store(out.at(row, block * kLanes), mul(activated(left), right), first_lanes(inner - block * kLanes));
       } else {
         const int64_t column = block * kColumns;
-        store(out + row * inner + column, activated(left), first_lanes(inner - column));
+        store(out.at(row, column), activated(left), first_lanes(inner - column));
         if (inner > column + kLanes)
-          store(out + row * inner + column + kLanes, activated(right), first_lanes(inner - column - kLanes));
+          store(out.at(row, column + kLanes), activated(right), first_lanes(inner - column - kLanes));
       }
     };
   }
 
   void layer(Team& team, float* residual, const Step& step, const Tiles& cuts, int64_t index, const Buffers& b) {
     const Weights<T>& w = layers_[index];
-    const int64_t rows = step.rows, hidden = shape_.hidden, mixed = shape_.heads.query * shape_.heads.size;
-    const auto add_to_residual = [&](const X* x, int64_t width, const Packed<T>& by, const Norm& norm_after) {
+    const int64_t rows = step.rows, hidden = shape_.hidden;
+    const auto add_to_residual = [&](const Inputs<X>& x, const Packed<T>& by, const Norm& norm_after) {
       if (norm_after.weight != nullptr) {
-        product(team, x, rows, width, by, put(b.after, hidden));
-        norm(team, b.after, rows, norm_after, residual, true);
+        product(team, x, rows, by, put(b.after, hidden));
+        team.each(rows, [&](int64_t r) { norm_row(b.after + r * hidden, hidden, norm_after, residual + r * hidden, true); });
       } else {
-        product(team, x, rows, width, by, put<true>(residual, hidden));
+        product(team, x, rows, by, put<true>(residual, hidden));
       }
     };
     const auto kept = [&](int64_t of) { return Kept<C>{cache_, static_cast<int64_t>(layers_.size()), of}; };
     static thread_local Arena own, own_second;
     static thread_local std::vector<int64_t> blocks;
     const auto mlp_input = [&] { return normed(team, residual, rows, w.mlp_norm, b.mlp_normed, own_second); };
-    const X* early = shape_.parallel ? mlp_input() : nullptr;
-    product(team, normed(team, residual, rows, w.input_norm, b.normed, own), rows, hidden, w.qkv,
+    const Inputs<X> early = shape_.parallel ? mlp_input() : Inputs<X>{};
+    product(team, normed(team, residual, rows, w.input_norm, b.normed, own), rows, w.qkv,
             put(b.qkv, shape_.heads.width()));
     attend(team, b.qkv, step, cuts, shape_.heads, w.look, kept(index), b.mixed);
-    add_to_residual(b.mixed, mixed, w.out, w.after_attention);
+    add_to_residual(b.mixed, w.out, w.after_attention);
     Later later;
     if (rows > kRows && index + 1 < static_cast<int64_t>(layers_.size()))
       later = read_by(step, cuts, shape_.heads, layers_[index + 1].look, kept(index + 1), blocks);
-    const X* input = shape_.parallel ? early : mlp_input();
+    const Inputs<X> input = shape_.parallel ? early : mlp_input();
     if (shape_.activation == kSilu)  // by itself, since it calls nothing: see `product`
-      product(team, input, rows, hidden, w.up, activate<true>(b.active), later);
+      product(team, input, rows, w.up, activate<true>(b.active), later);
     else
-      product<true>(team, input, rows, hidden, w.up, activate<false>(b.active), later);
-    add_to_residual(b.active, shape_.inner, w.down, w.after_mlp);
+      product<true>(team, input, rows, w.up, activate<false>(b.active), later);
+    add_to_residual(b.active, w.down, w.after_mlp);
   }
 
   Shape shape_;

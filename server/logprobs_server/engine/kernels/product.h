@@ -285,12 +285,11 @@ void multiply_many(const float* x, int64_t rows, int64_t ldx, const T* weights, 
 }
 #endif
 
-// emit(row, block, left, right) for every row of x[rows, in] and every block of outputs: 16 + 16 sums with the bias
-// added. Leading dimension of x: ldx. Called by every member of the team. kStored: whether sums are put into memory before
-// `emit` sees them; if `emit` calls functions, GCC else keeps some there all the time.
+// emit(row, block, left, right) for every row of x and every block of outputs: 16 + 16 sums with the bias added. Called by
+// every member of the team. kStored: whether sums are put into memory before `emit` sees them; if `emit` calls functions,
+// GCC else keeps some there all the time.
 template <bool kStored = false, class T, class F>
-void product(Team& team, const Input<T>* x, int64_t rows, int64_t ldx, const Packed<T>& by, F emit,
-             const Later& later = {}) {
+void product(Team& team, const Inputs<Input<T>>& x, int64_t rows, const Packed<T>& by, F emit, const Later& later = {}) {
   const bool tiled = std::is_same_v<T, BFloat16> && on_tiles();
   const int64_t most = tiled ? kTallRowTile : kRowTile, unit = tiled ? kTileRows : 1;
   const int64_t blocks = blocks_of(by.outputs), least = (rows + most - 1) / most;
@@ -310,7 +309,7 @@ void product(Team& team, const Input<T>* x, int64_t rows, int64_t ldx, const Pac
 #ifdef LOGPROBS_TILES
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (tiled) {
-        product_on_tiles(x + top * ldx, count, ldx, by.weights, by.in, begin, end,
+        product_on_tiles(x.from(top), count, by.weights, begin, end,
                          [&](int64_t row, int64_t block, Floats left, Floats right) {
                            with_bias(top + row, block, left, right);
                          });
@@ -323,7 +322,7 @@ void product(Team& team, const Input<T>* x, int64_t rows, int64_t ldx, const Pac
       const char* soon = count > 2 ? at(block + 1) : at(block) + kNear;  // see `Ahead`
 #ifndef __AVX512F__
       if (count > 2 * kRows) {
-        multiply_many(x + top * ldx, count, ldx, by.weights + block * by.in * kColumns, by.in, soon,
+        multiply_many(x.at(top, 0), count, x.width, by.weights + block * by.in * kColumns, by.in, soon,
                       [&](int64_t row, Floats left, Floats right) { with_bias(top + row, block, left, right); });
         continue;
       }
@@ -334,7 +333,7 @@ void product(Team& team, const Input<T>* x, int64_t rows, int64_t ldx, const Pac
         constexpr int R = group.value, S = kVectors<R>;
         constexpr int64_t kPassed = S * kLanes * (std::is_same_v<T, float> ? 1 : 2);  // weights of an input, or of two
         const int64_t step = 2 * kLanes * sizeof(float) / (groups * 2 / S), share = by.in * step * sizeof(T) / 4;
-        const Rows<R, Input<T>> input(x + (top + row) * ldx, ldx);
+        const Rows<R, Input<T>> input(x.at(top + row, 0), x.width);
         Sums<R, S> sums[2 / S];
 #pragma GCC unroll 2
         for (int pass = 0; pass < 2 / S; ++pass, soon += share) {

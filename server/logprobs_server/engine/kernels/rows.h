@@ -16,8 +16,8 @@ constexpr int64_t kCacheLine = 64;  // bytes
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-// e to the power of each lane, at most 1 ulp off up to 88; exactly 0 below -104, -inf included (and as `scale`
-// says). Cody-Waite reduction and Cephes' polynomial for expf.
+// e to the power of each lane, at most 1 ulp off up to 88; exactly 0 where that is no normal number (see `Flushing`), at -inf
+// too. Cody-Waite reduction and Cephes' polynomial for expf.
 inline Floats exponential(Floats x) {
   x = max(x, spread(-104.0f));
   const Floats power = rounded(mul(x, spread(kLog2E)));
@@ -33,8 +33,8 @@ inline Floats exponential(Floats x) {
   return scale(p, power);
 }
 
-// 2 to the power of each lane, at most 3 ulp off up to 127; exactly 1 at 0, exactly 0 below -151, -inf included. 1 plus a
-// polynomial of least relative error on [0, 1), 8.2e-8.
+// 2 to the power of each lane, at most 3 ulp off up to 127; exactly 1 at 0, exactly 0 where that is no normal number, at
+// -inf too. 1 plus a polynomial of least relative error on [0, 1), 8.2e-8.
 inline Floats power_of_two(Floats x) {
   x = max(x, spread(-152.0f));
   const Floats r = above_floor(x);  // x - floor(x)
@@ -60,9 +60,9 @@ struct Norm {
   bool centred;
 };
 
-// out = norm(x) · weight + bias, of one row, added to what `out` holds if `more`.
-template <class T>
-void norm_row(const float* x, int64_t size, const Norm& how, T* out, bool more = false) {
+// norm(x) · weight + bias, of one row, put where at(i) says that values from i on go, or added to what is there if `more`.
+template <class F>
+void norm_row_to(const float* x, int64_t size, const Norm& how, F at, bool more = false) {
   Floats mean = spread(0.0f);
   if (how.centred) {
     Floats total = spread(0.0f);
@@ -79,11 +79,16 @@ void norm_row(const float* x, int64_t size, const Norm& how, T* out, bool more =
     Floats value = mul(sub(load(x + i, lanes), mean), scale);
     value = mul(value, load(how.weight + i, lanes));
     if (how.bias != nullptr) value = add(value, load(how.bias + i, lanes));
-    if constexpr (std::is_same_v<T, float>) {
-      if (more) value = add(value, load(out + i, lanes));
+    if constexpr (std::is_same_v<decltype(at(i)), float*>) {
+      if (more) value = add(value, load(at(i), lanes));
     }
-    store(out + i, value, lanes);
+    store(at(i), value, lanes);
   });
+}
+
+// As above, into out[size].
+inline void norm_row(const float* x, int64_t size, const Norm& how, float* out, bool more = false) {
+  norm_row_to(x, size, how, [out](int64_t i) { return out + i; }, more);
 }
 
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
