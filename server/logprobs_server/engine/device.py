@@ -178,7 +178,8 @@ class DeviceModel:
         heads = self._heads
         qkv = self._product(self._norm(residual, layer.input_norm).to(self._dtype), layer.qkv)
         by_head = qkv.view(len(qkv), -1, heads.size)
-        if layer.query_norm is not None and layer.key_norm is not None:
+        if layer.query_norm is not None:
+            assert layer.key_norm is not None  # no family has one alone
             asking, keys, values = torch.split(by_head, [heads.query, heads.key, heads.key], dim=1)
             normed = self._head_norm(asking, layer.query_norm), self._head_norm(keys, layer.key_norm)
             by_head = torch.cat([*normed, values], dim=1)

@@ -180,9 +180,9 @@ def _group_numbers(group: GroupShape, members: Sequence[tuple[Chunk, int]]) -> l
 
 
 def _bucket(count: int, base: int) -> int:
-    """The least power of 2 or 4 that is not below `count`."""
+    """The least power of 2, or of `_COARSE`, that is not below `count`."""
     bits = (count - 1).bit_length()
-    return 1 << (bits + bits % 2 if base == 4 else bits)
+    return 1 << (bits + bits % 2 if base == _COARSE else bits)
 
 
 def _num_blocks(chunk: Chunk) -> int:
