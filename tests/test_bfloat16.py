@@ -65,6 +65,12 @@ def test_every_family_is_nearer_to_the_truth_than_transformers(name: str, tmp_pa
     assert ours < theirs
 
 
+def test_a_pass_leaves_denormal_numbers_to_its_caller(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    lean_logits(tmp_path, some_ids(), [TOKENS])
+    assert float(torch.tensor([1e-40]) * 0.5) > 0
+
+
 @pytest.mark.parametrize(("width", "heads"), [(30, 2), (66, 3), (192, 1), (256, 2)])
 def test_heads_of_any_size_are_nearer_to_the_truth_than_transformers(width: int, heads: int, tmp_path: Path) -> None:
     sizes = {"n_embd": width, "n_head": heads, "n_layer": 2, "vocab_size": VOCABULARY_SIZE, "initializer_range": 0.1}

@@ -61,6 +61,19 @@ def test_kernels_tell_of_odd_rows_what_torch_tells(monkeypatch: pytest.MonkeyPat
     assert torch.equal(logits.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
 
 
+@pytest.mark.parametrize("gap", [80.0, 100.0])
+def test_kernels_tell_the_tail_of_a_row_that_is_all_but_certain(gap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gap > 87 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        pytest.skip("on AVX2 what is no normal number is 0")
+    logits = torch.full((1, 300), -gap)
+    logits[0, 7] = 0.0
+    options = [LogprobOptions(top_count=1)]
+    (ours,), (theirs,) = on_both(monkeypatch, lambda: position_logprobs(logits, [7], options))
+    assert ours is not None
+    assert theirs is not None
+    assert ours.tail_logprob == pytest.approx(theirs.tail_logprob, abs=0.02)
+
+
 def test_what_kernels_tell_of_a_row_does_not_depend_on_the_others() -> None:
     skip_without_kernels(True)
     logits, options = odd_rows(), LogprobOptions(top_count=5, entropy=True)

@@ -40,12 +40,16 @@ def test_graphs_give_bitwise_what_their_operations_give(name: str, dtype: torch.
     model = tiny_model(name).to(dtype)
     recorded, plain = device_model(model, CUDA, TILE), device_model(model, CUDA, TILE)
     plain._graphs = None
-    ours, theirs = Sequences(300, 40, 33), Sequences(300, 40, 33)
+    ours, theirs = Sequences(340, 40, 43), Sequences(340, 40, 43)
     for sequences, served in ((ours, recorded), (theirs, plain)):
-        sequences.step(served, {0: 240, 1: 10, 2: 3})
-        for _ in range(30):
+        for _ in range(4):  # shapes of prompts and of decoding, by turns
+            sequences.step(served, {0: 70, 1: 1, 2: 3})
+            sequences.step(served, {0: 1, 1: 1, 2: 1})
+        for _ in range(27):
             sequences.step(served, {0: 1, 1: 1, 2: 1})
         sequences.finish(served, 0, 1)
+    assert recorded._graphs is not None
+    assert sum(graph is not None for graph in recorded._graphs._captured.values()) > 2
     for index in range(3):
         assert torch.equal(ours.logits(index), theirs.logits(index))
 

@@ -7,7 +7,7 @@ and how long they are. Knows blocks and positions, nothing of weights.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +32,9 @@ __all__ = [
 ALIGNED_BLOCKS = 8
 """Blocks, 256 keys, that attention starts at multiples of, and the narrowest block table: no kernel that goes through
 keys in pieces of up to 256 then cuts them at other positions because a table is wider or a window starts later."""
-_COARSE = 4
-"""Base of the buckets of steps with prompts, which are of so many kinds that few would return in finer ones."""
-_LEAST_LENGTH = 32
-"""To which the chunks of prompts are padded at least where they attend."""
+_LEAST_DECODING, _LEAST_LENGTH, _LEAST_WIDTH = 8, 32, 32
+"""In steps with prompts, which are of so many kinds that few would return in finer buckets: the least number of tokens
+that decode, length of a prompt's chunk where it attends, and width of its block table."""
 WIDE = 4
 """Tiles that make a wide one. Products of a wide tile take no longer than those of two tiles."""
 
@@ -107,12 +106,14 @@ class Batch:
 def shape_of(chunks: Sequence[Chunk], padding: Padding) -> Shape:
     """The bucket that chunks fall into."""
     members = _members(chunks)
-    base = 2 if all(length == 1 for length, _ in members) else _COARSE
+    decoding = members[-1][0] == 1
     groups = tuple(
         GroupShape(
-            count=_bucket(len(group), base if length == 1 else 2),
+            count=_bucket(len(group), 1 if decoding or length > 1 else _LEAST_DECODING),
             length=length,
-            width=_width((chunk for chunk, _ in group), base),
+            width=_bucket(
+                max(_num_blocks(chunk) for chunk, _ in group), ALIGNED_BLOCKS if length == 1 else _LEAST_WIDTH
+            ),
         )
         for length, group in members
     )
@@ -165,7 +166,7 @@ def _members(chunks: Sequence[Chunk]) -> list[tuple[int, list[tuple[Chunk, int]]
     row = 0
     for chunk in chunks:
         count = len(chunk.token_ids)
-        members[1 if count == 1 else max(_LEAST_LENGTH, _bucket(count, 2))].append((chunk, row))
+        members[1 if count == 1 else _bucket(count, _LEAST_LENGTH)].append((chunk, row))
         row += len(chunk.token_ids)
     return sorted(members.items())
 
@@ -179,19 +180,14 @@ def _group_numbers(group: GroupShape, members: Sequence[tuple[Chunk, int]]) -> l
     return rows + [0] * added * group.length + starts + [0] * added + tables + [0] * added * group.width
 
 
-def _bucket(count: int, base: int) -> int:
-    """The least power of 2, or of `_COARSE`, that is not below `count`."""
-    bits = (count - 1).bit_length()
-    return 1 << (bits + bits % 2 if base == _COARSE else bits)
+def _bucket(count: int, least: int) -> int:
+    """The least power of two that is not below `count`, nor below `least`."""
+    return max(least, 1 << (count - 1).bit_length())
 
 
 def _num_blocks(chunk: Chunk) -> int:
     """Blocks in use once the chunk is computed."""
     return blocks_for(chunk.start + len(chunk.token_ids))
-
-
-def _width(chunks: Iterator[Chunk], base: int) -> int:
-    return ALIGNED_BLOCKS * _bucket(-(-max(_num_blocks(chunk) for chunk in chunks) // ALIGNED_BLOCKS), base)
 
 
 def _table(chunk: Chunk, width: int) -> list[int]:

@@ -90,6 +90,7 @@ class Layers {
               room_.take<float>(rows * shape_.heads.width()), room_.take<float>(rows * shape_.hidden)};
     Team& team = Team::get();
     team.run([&] {
+      const Flushing flushing;
       team.each(step.rows, [&](int64_t r) { embed(tokens[r], step.positions[r], residual + r * shape_.hidden); });
       for (size_t l = 0; l < layers_.size(); ++l) layer(team, residual, step, cuts, l, b);
     });

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <immintrin.h>
-#include <pmmintrin.h>
 
 #include <algorithm>
 #include <atomic>
@@ -28,18 +27,6 @@ void spin_until(Done done) {
       std::this_thread::yield();
   }
 }
-
-// While it lives, numbers below the normal ones count as 0 to its thread. Each costs 200 cycles on some processors, and the
-// weight of every masked key is one on its way to 0.
-class Flushing {
- public:
-  Flushing() { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
-  ~Flushing() { _mm_setcsr(before_); }
-  Flushing(const Flushing&) = delete;
-
- private:
-  const unsigned before_ = _mm_getcsr();
-};
 
 class Team {
  public:
@@ -70,7 +57,6 @@ class Team {
       turn_.store((turn_.load() / kSizes + 1) * kSizes + static_cast<uint32_t>(size_), std::memory_order_release);
       turn_.notify_all();
     }
-    const Flushing flushing;
     f();
     spin_until([this] { return busy_.load(std::memory_order_acquire) == 0; });
   }
@@ -104,7 +90,6 @@ class Team {
 
   void serve(int64_t index, uint32_t seen) {
     member_ = index;
-    const Flushing flushing;
     for (;;) {
       for (int spins = 0; spins < kSpins + kYields && turn_.load(std::memory_order_acquire) == seen; ++spins)
         spins < kSpins ? _mm_pause() : std::this_thread::yield();
