@@ -32,7 +32,7 @@ _MOST_BYTES = 1 << 24
 class LlamaServer(Streaming):
     """One connection per request: it drops those that are kept."""
 
-    leaves_out = True  # those that end within a character
+    leaves_out = True  # those that end within a character; its last event says how many there were
 
     def __init__(self, port: int, ready_s: float, *, streams: bool) -> None:
         self._port = port
@@ -61,7 +61,10 @@ class LlamaServer(Streaming):
     def tokens(self, message: bytes, top: int) -> Told:
         """Those of an event, or of the whole answer, None for log probabilities that it leaves out."""
         event = json.loads(message[message.index(_BODY) :])
-        probabilities = [] if self._streams and event["stop"] else event["completion_probabilities"]
+        if self._streams and event["stop"]:
+            assert event["tokens_predicted"] == event["generation_settings"]["n_predict"], "it stopped early"
+            return []
+        probabilities = event["completion_probabilities"]
         assert all(len(each["top_logprobs"]) == top for each in probabilities)
         told = [(each["id"], each["logprob"]) for each in probabilities]
         return told if self._streams else in_their_places(event["tokens"], told)
