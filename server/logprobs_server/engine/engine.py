@@ -45,8 +45,6 @@ _log = logging.getLogger(__name__)
 _SLICE_ELEMENTS, _GPU_SLICE_ELEMENTS = 12 << 20, 1 << 26
 """Logits reduced at a time: 48 MiB in float32, few enough to stay small, enough rows to keep the head a product. A GPU
 has room for more, and its host waits for every slice."""
-_GPU_TILE = 128
-"""Rows that a slice is a multiple of there, since it is padded to such tiles."""
 
 
 def tell_each(told: Told) -> None:
@@ -93,7 +91,8 @@ class TorchEngine:
         self._pool = BlockPool(model.num_blocks, sparing=model.device.type == "cpu")
         self._scheduler = Scheduler(limits, self._pool, frozenset(description.eos_token_ids))
         self._noise = VocabularyNoise(description.vocabulary_size, model.device)
-        self._slice_rows = _slice_rows(description.vocabulary_size, model.device)
+        elements = _GPU_SLICE_ELEMENTS if model.device.type == "cuda" else _SLICE_ELEMENTS
+        self._slice_rows = max(1, elements // description.vocabulary_size)
         self._states: dict[Ticket, JobState] = {}
         self._arriving: set[Ticket] = set()  # submitted, and not seen by the engine's thread yet
         self._commands: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
@@ -336,14 +335,6 @@ class TorchEngine:
         untold, self._untold = self._untold, defaultdict(list)
         if untold:
             self._hand_over([(ticket.sink, events) for ticket, events in untold.items()])
-
-
-def _slice_rows(vocabulary_size: int, device: torch.device) -> int:
-    """How many rows of logits are reduced at a time."""
-    if device.type != "cuda":
-        return max(1, _SLICE_ELEMENTS // vocabulary_size)
-    rows = _GPU_SLICE_ELEMENTS // vocabulary_size
-    return max(1, rows // _GPU_TILE * _GPU_TILE or rows)
 
 
 def _scored_event(sequence: Sequence, positions: list[PositionLogprobs]) -> Event:

@@ -102,7 +102,7 @@ class Layers {
     const Inputs<X> normed = inputs(rows, shape_.hidden);
     Team& team = Team::get();
     team.run([&] {
-      norm(team, hidden, rows, final_norm_, normed);
+      team.each(rows, [&](int64_t r) { norm(hidden, r, final_norm_, normed); });
       if (shape_.vocab % kLanes == 0 && rows * shape_.vocab > kCached)
         product(team, normed, rows, head_, stream(out, shape_.vocab));
       else
@@ -137,23 +137,20 @@ class Layers {
     if (embedding_.norm.weight != nullptr) norm_row(row, shape_.hidden, embedding_.norm, row);
   }
 
-  void norm(Team& team, const float* x, int64_t rows, const Norm& how, const Inputs<X>& out) {
-    team.each(rows, [&](int64_t r) {
-      norm_row_to(x + r * shape_.hidden, shape_.hidden, how, [&](int64_t i) { return out.at(r, i); });
-    });
+  // Row r of out = norm(x).
+  void norm(const float* x, int64_t r, const Norm& how, const Inputs<X>& out) const {
+    norm_row_to(x + r * shape_.hidden, shape_.hidden, how, [&](int64_t i) { return out.at(r, i); });
   }
 
   // norm(x) of all rows for the member that calls: of few rows by itself, in its own memory, since to wait for the others
   // takes longer; of many by the team, in `shared`.
   Inputs<X> normed(Team& team, const float* x, int64_t rows, const Norm& how, const Inputs<X>& shared, Arena& own) {
     if (rows > kFew) {
-      norm(team, x, rows, how, shared);
+      team.each(rows, [&](int64_t r) { norm(x, r, how, shared); });
       return shared;
     }
-    const int64_t hidden = shape_.hidden;
-    const Inputs<X> out{reinterpret_cast<X*>(own.floats(rows * hidden)), hidden};
-    for (int64_t r = 0; r < rows; ++r)
-      norm_row_to(x + r * hidden, hidden, how, [&](int64_t i) { return out.at(r, i); });
+    const Inputs<X> out{reinterpret_cast<X*>(own.floats(rows * shape_.hidden)), shape_.hidden};
+    for (int64_t r = 0; r < rows; ++r) norm(x, r, how, out);
     return out;
   }
 

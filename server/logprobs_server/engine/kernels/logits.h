@@ -99,9 +99,15 @@ inline void accumulate(float* row, int64_t begin, int64_t end, bool moments, Par
     }
     total = add(total, add_halves(weights));
   });
-  for (const Candidate& candidate : part.best) row[candidate.id] = candidate.value;
   part.total = sum(total);
   part.moment = sum(moment);
+  if (part.total == 0.0)  // float32 has no number that small
+    for (int64_t i = begin; i < end; ++i) {
+      const double x = static_cast<double>(row[i]) - part.largest, weight = std::exp(x);
+      part.total += weight;
+      if (weight > 0) part.moment += weight * x;
+    }
+  for (const Candidate& candidate : part.best) row[candidate.id] = candidate.value;
 }
 
 // Where `row_statistics` puts what it finds of a row.
