@@ -29,7 +29,7 @@ enum End : int64_t {
   kFinalNorm, kFinalNormBias, kEmbedding, kPositions, kEmbeddingNorm, kEmbeddingNormBias, kSlopes, kHead, kHeadBias
 };
 
-constexpr int64_t kFew = 32;          // rows that a thread norms sooner than it meets the others
+constexpr int64_t kFew = 32;          // rows that a thread norms sooner than it waits for the others
 constexpr int64_t kCached = 1 << 20;  // logits that the caches hold until they are reduced
 
 // What all layers share, whole numbers first. Fields in the order of lean.py.
@@ -142,10 +142,10 @@ class Layers {
     norm_row_to(x + r * shape_.hidden, shape_.hidden, how, [&](int64_t i) { return out.at(r, i); });
   }
 
-  // norm(x) of all rows for the member that calls: of few rows by itself, in its own memory, since to wait for the others
-  // takes longer; of many by the team, in `shared`.
+  // norm(x) of all rows: of few by the member that calls, in its own memory, for the section that follows alone, since to
+  // wait for the others takes longer; of many by the team, in `shared`, as where another section reads it too.
   Inputs<X> normed(Team& team, const float* x, int64_t rows, const Norm& how, const Inputs<X>& shared, Arena& own) {
-    if (rows > kFew) {
+    if (rows > kFew || shape_.parallel) {
       team.each(rows, [&](int64_t r) { norm(x, r, how, shared); });
       return shared;
     }
