@@ -37,7 +37,7 @@ CHUNKS = (1, 7, 64, 512)
 COMPANY = 32
 BLOCKS = 2 + (COMPANY + 1) * blocks_for(LONGEST)
 OPTIONS = LogprobOptions(top_count=5, token_ids=(7, 0, 299), entropy=True)
-TINY = ("bloom", "gpt2", "qwen3", "gemma3_text")
+TINY = ("bloom", "gpt2", "gpt_neox", "qwen3", "gemma3_text")
 DTYPES = ("float32", "bfloat16")
 SLICE = 64
 
@@ -168,6 +168,22 @@ def test_what_is_told_does_not_depend_on_the_number_of_threads(loaded: tuple[Lea
     finally:
         torch.ops.logprobs.set_threads(torch.get_num_threads())
     assert told[1:] == told[:1] * 3
+
+
+@torch.inference_mode()
+def test_states_do_not_depend_on_threads_that_lose_their_processors(loaded: tuple[LeanModel, int]) -> None:
+    model, _ = loaded
+    draw = Random(4)
+    tokens = [[draw.randrange(model.description.vocabulary_size) for _ in range(3)] for _ in range(8)]
+    chunks = [Chunk(token_ids=ids, start=0, blocks=[1 + index]) for index, ids in enumerate(tokens)]
+    try:
+        torch.ops.logprobs.set_threads(1)
+        expected = model.forward(chunks)
+        torch.ops.logprobs.set_threads(16)  # more than there are processors: members find parts of a pass done
+        for _ in range(100):
+            assert torch.equal(model.forward(chunks), expected)
+    finally:
+        torch.ops.logprobs.set_threads(torch.get_num_threads())
 
 
 @torch.inference_mode()
