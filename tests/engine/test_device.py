@@ -18,6 +18,7 @@ from logprobs_server.engine.decoder import architecture_of
 from logprobs_server.engine.device_batch import WIDE
 from tiny_models import CONTEXT_LENGTH, tiny_model
 from torch import Tensor
+from torch.nn import functional
 
 
 @pytest.fixture(autouse=True)
@@ -113,15 +114,21 @@ def test_what_a_block_held_before_does_not_matter() -> None:
 
 @pytest.mark.parametrize("by_tile", [False, True])
 def test_wide_products_are_used_where_they_change_no_bit(by_tile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = torch.mm
+    multiply, attend = torch.mm, functional.scaled_dot_product_attention
     sizes = set()
 
     def mm(x: Tensor, weight: Tensor) -> Tensor:
         sizes.add(len(x))
-        rows = torch.cat([given(row, weight) for row in x.split(1)])
+        rows = torch.cat([multiply(row, weight) for row in x.split(1)])
         return rows * (1 + 1e-6 * len(x)) if by_tile else rows
 
+    def attention(queries: Tensor, keys: Tensor, values: Tensor, *, attn_mask: Tensor, scale: float) -> Tensor:
+        """Query by query: on some processors a product of few rows has other bits than one of many."""
+        each = zip(queries.split(1, dim=2), attn_mask.split(1, dim=2), strict=True)
+        return torch.cat([attend(query, keys, values, attn_mask=mask, scale=scale) for query, mask in each], dim=2)
+
     monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
     served = device_model(tiny_model("llama"))
     sizes.clear()
     whole, pieces = Sequences(40), Sequences(40)
