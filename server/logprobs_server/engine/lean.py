@@ -43,7 +43,7 @@ class LeanModel:
         kept = (num_blocks, len(architecture.layers), architecture.key_heads, cells)
         self._cache = torch.ops.logprobs.huge_pages(kept, torch.float32 if dtype == torch.float32 else torch.int32)
         self._decoder = packed_decoder(architecture, dtype, self._cache)
-        self._buffer = torch.empty(0)
+        self._logits = self._buffer = torch.empty(0)
 
     @staticmethod
     def block_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
@@ -62,11 +62,12 @@ class LeanModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] float32 that follow hidden states [rows, hidden]; good until the next call."""
         rows, vocab = hidden.shape[0], self.description.vocabulary_size
-        if self._buffer.numel() < rows * vocab:
-            self._buffer = torch.ops.logprobs.huge_pages([rows * vocab], torch.float32)
-        logits = self._buffer[: rows * vocab].view(rows, vocab)
-        self._decoder.logits(hidden.contiguous(), logits)
-        return logits
+        if self._logits.shape[0] != rows:
+            if self._buffer.numel() < rows * vocab:
+                self._buffer = torch.ops.logprobs.huge_pages([rows * vocab], torch.float32)
+            self._logits = self._buffer[: rows * vocab].view(rows, vocab)
+        self._decoder.logits(hidden.contiguous(), self._logits)
+        return self._logits
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies keys and values of blocks, (from, to)."""
