@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
+from functools import reduce
 from pathlib import Path
 
 from logprobs_server.__main__ import parse
@@ -48,14 +49,12 @@ def main() -> None:
         folder=folder, dtype=options.dtype, threads=len(os.sched_getaffinity(0)), peers_dir=options.peers_dir
     )
     setting.peers_dir.mkdir(parents=True, exist_ok=True)
-    machine = _machine(setting)
     with _commands(setting, RIVALS if "all" in options.rivals else options.rivals, questions) as commands:
         with started(commands[OURS]):
             pass  # builds the kernels if need be, so that no start that counts does
         results: Results = defaultdict(lambda: defaultdict(list))
-        for run in range(options.runs):
-            _run(run, questions, commands, Tokenizer.from_file(str(folder / "tokenizer.json")), results)
-    report(results, machine.best(_machine(setting)), options.picture)
+        machines = [_run(run, questions, commands, setting, results) for run in range(options.runs)]
+    report(results, reduce(Machine.best, machines, _machine(setting)), options.picture)
 
 
 def _options() -> tuple[argparse.Namespace, list[Question]]:
@@ -96,15 +95,19 @@ def _commands(setting: Setting, rivals: Iterable[str], questions: Sequence[Quest
 
 
 def _run(
-    run: int, questions: Sequence[Question], commands: dict[str, list[str]], tokenizer: Tokenizer, results: Results
-) -> None:
-    """Starts everyone, and asks them every question in turn, each run in another order."""
+    run: int, questions: Sequence[Question], commands: dict[str, list[str]], setting: Setting, results: Results
+) -> Machine:
+    """Starts everyone, and asks them every question in turn, each run in another order; returns the machine's ceilings
+    just before."""
+    tokenizer = Tokenizer.from_file(str(setting.folder / "tokenizer.json"))
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name, line in commands.items():
             worker = workers[name] = stack.enter_context(started(line))
             if name == OURS or name in RIVALS:
                 results[name][START].append({"seconds": worker.ready_s, "mib": worker.idle_mib})
+        machine = _machine(setting)
+        results[OURS][START][-1]["read_bytes_per_s"] = machine.read_bytes_per_s
         for question in questions:
             names = [name for name in workers if _answers(name, question)]
             turn = run % len(names)
@@ -112,6 +115,7 @@ def _run(
                 found = _asked(workers[name], question, tokenizer, run)
                 print(f"run {run} · {question.name} · {name}: {found['tokens_s']:.0f} tokens/s", file=sys.stderr)
                 results[OURS if question.of else name][question.key].append(found)
+        return machine
 
 
 def _answers(name: str, question: Question) -> bool:

@@ -232,6 +232,16 @@ def test_walls_are_compared_with_the_quickest_rival() -> None:
     assert found.share == pytest.approx(ideal_s(QUESTIONS[KEYS.index("rank")], MACHINE))
 
 
+def test_each_run_is_held_against_what_memory_gave_then() -> None:
+    reads = (1e9, 5e8, 2e9)
+    rates = [0.8 / replace(MACHINE, read_bytes_per_s=read).step_s(1, 80 + 32) for read in reads]
+    measured = {
+        START: [{"seconds": 5.0, "mib": 700.0, "read_bytes_per_s": read} for read in reads],
+        "decode1": [{"decode_tokens_s": rate} for rate in rates],
+    }
+    assert stands(figure("1 stream, decoding only"), {OURS: measured}).share == pytest.approx(0.8)
+
+
 @pytest.mark.parametrize(("step_ms", "met"), [(1.0, True), (100.0, False)])
 def test_growth_is_measured_in_the_time_of_reading_the_cache(step_ms: float, met: bool) -> None:
     measured = {"context128": [{"steady_p50_ms": 5.0}], "context2048": [{"steady_p50_ms": 5.0 + step_ms}]}
