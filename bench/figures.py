@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from statistics import median
 from typing import TypeAlias
 
@@ -88,8 +89,7 @@ def standing(figure: Figure, results: Results, machine: Machine) -> Standing | N
 def _shares(figure: Figure, ours: Sequence[float], measured: Measured, machine: Machine) -> Iterator[float]:
     """What part of the ceiling each run reached. How fast memory is may be another matter half a minute later."""
     assert figure.ceiling is not None
-    reads = _measure(START, "read_bytes_per_s")(measured, machine) or [machine.read_bytes_per_s] * len(ours)
-    for value, read in zip(ours, reads, strict=True):
+    for value, read in zip(ours, _reads(measured, machine), strict=False):
         share = value / figure.ceiling(replace(machine, read_bytes_per_s=read))
         yield 1 / share if figure.less else share
 
@@ -103,6 +103,11 @@ def _met(figure: Figure, reached: float | None, goal: float | None, share: float
 
 def _measure(key: str, name: str) -> _Value:
     return lambda measured, machine: [run[name] for run in measured.get(key, ()) if name in run]
+
+
+def _reads(measured: Measured, machine: Machine) -> Iterable[float]:
+    """Bytes that memory gave per second in each run, at best in all where nobody looked."""
+    return _measure(START, "read_bytes_per_s")(measured, machine) or repeat(machine.read_bytes_per_s)
 
 
 def _ratio(above: _Value, below: _Value) -> _Value:
@@ -163,9 +168,9 @@ def _growth(measured: Measured, machine: Machine) -> list[float]:
     """How much longer a step gets with a longer context, over the time of reading what the cache holds more."""
     short, long = _QUESTIONS["context128"], _QUESTIONS["context2048"]
     more = (long.prompt_tokens - short.prompt_tokens) * long.clients * machine.kv_bytes
-    reading_ms = 1e3 * more / machine.read_bytes_per_s
     steps = [_measure(question.key, "steady_p50_ms")(measured, machine) for question in (short, long)]
-    return [(longer - shorter) / reading_ms for shorter, longer in zip(*steps, strict=False)]
+    runs = zip(*steps, _reads(measured, machine), strict=False)
+    return [(longer - shorter) / (1e3 * more / read) for shorter, longer, read in runs]
 
 
 def _decode_ceiling(machine: Machine) -> float:
