@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from statistics import median
@@ -72,7 +72,11 @@ def standing(figure: Figure, results: Results, machine: Machine) -> Standing | N
     others = {name: median(theirs) for name, theirs in values.items() if theirs}
     best = (min if figure.less else max)(others, key=lambda name: others[name]) if others else None
     ratio = median(ours) / others[best] if best else None
-    share = median(_shares(figure, ours, results[OURS], machine)) if figure.ceiling else None
+    share = None
+    if figure.ceiling:
+        reads = zip(ours, _reads(results[OURS], machine), strict=False)
+        shares = (value / figure.ceiling(replace(machine, read_bytes_per_s=read)) for value, read in reads)
+        share = median(1 / each if figure.less else each for each in shares)
     goal = figure.goals.get(machine.dtype)
     return Standing(
         figure=figure,
@@ -84,14 +88,6 @@ def standing(figure: Figure, results: Results, machine: Machine) -> Standing | N
         goal=goal,
         met=_met(figure, ratio if figure.against_rivals else median(ours), goal, share),
     )
-
-
-def _shares(figure: Figure, ours: Sequence[float], measured: Measured, machine: Machine) -> Iterator[float]:
-    """What part of the ceiling each run reached. How fast memory is may be another matter half a minute later."""
-    assert figure.ceiling is not None
-    for value, read in zip(ours, _reads(measured, machine), strict=False):
-        share = value / figure.ceiling(replace(machine, read_bytes_per_s=read))
-        yield 1 / share if figure.less else share
 
 
 def _met(figure: Figure, reached: float | None, goal: float | None, share: float | None) -> bool | None:
@@ -106,7 +102,8 @@ def _measure(key: str, name: str) -> _Value:
 
 
 def _reads(measured: Measured, machine: Machine) -> Iterable[float]:
-    """Bytes that memory gave per second in each run, at best in all where nobody looked."""
+    """Bytes per second that memory gave in each run (half a minute later it may be half as many), at best in all where
+    nobody looked."""
     return _measure(START, "read_bytes_per_s")(measured, machine) or repeat(machine.read_bytes_per_s)
 
 

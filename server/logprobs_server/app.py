@@ -86,7 +86,8 @@ class RunningServer:
         self.port = port
         self.engine: TorchEngine | None = None
         self._told: SimpleQueue[Told | None] = SimpleQueue()  # None is the last
-        self._teller: Thread | None = None
+        self._teller = Thread(target=_tell, args=(asyncio.get_running_loop(), self._told), name="teller", daemon=True)
+        self._teller.start()
 
     async def load(self) -> str:
         """Loads the model and declares the server healthy; returns the model's name.
@@ -95,14 +96,11 @@ class RunningServer:
             StartError: the model cannot be served.
         """
         loop = asyncio.get_running_loop()
-
         # The thread that loads must end before the engine's starts: as soon as two threads of a process have workers
         # of OpenMP, all workers sleep sooner and wake later (measured: a decode step of 9.5 ms took 17.9).
         with ThreadPoolExecutor(max_workers=1) as loader:
             loading = loop.run_in_executor(loader, load, self._config, self._told.put)
             self._servicer.ready, self.engine = await loading
-        self._teller = Thread(target=_tell, args=(loop, self._told), name="teller", daemon=True)
-        self._teller.start()
         self.engine.start()
         self._health.serving()
         return self.engine.description.name
@@ -111,9 +109,8 @@ class RunningServer:
         """Ends the engine and all that it has to tell."""
         if self.engine is not None:
             await asyncio.to_thread(self.engine.close)
-        if self._teller is not None:
-            self._told.put(None)
-            await asyncio.to_thread(self._teller.join)
+        self._told.put(None)
+        await asyncio.to_thread(self._teller.join)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, told: SimpleQueue[Told | None]) -> None:
