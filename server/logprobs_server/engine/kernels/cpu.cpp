@@ -226,10 +226,10 @@ class Layers {
     if (rows > kRows && index + 1 < static_cast<int64_t>(layers_.size()))
       later = read_by(step, cuts, shape_.heads, layers_[index + 1].look, kept(index + 1), blocks);
     const Inputs<X> input = shape_.parallel ? early : mlp_input();
-    if (shape_.activation == kSilu)  // by itself, since it calls nothing: see `product`
+    if (shape_.activation == kSilu)
       product(team, input, rows, w.up, activate<true>(b.active), later);
     else
-      product<true>(team, input, rows, w.up, activate<false>(b.active), later);
+      product(team, input, rows, w.up, activate<false>(b.active), later);
     add_to_residual(b.active, w.down, w.after_mlp);
   }
 

@@ -65,7 +65,11 @@ inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats fmadd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats fmsub(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
-inline Floats add_products(Floats sums, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sums); }
+// As `fmadd`. Of the intrinsic GCC 12 makes forms that overwrite a or b, and copies of those.
+inline Floats add_products(Floats sums, Floats a, Floats b) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+  return sums;
+}
 inline Floats fnmadd(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // b if one is NaN
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b if one is NaN

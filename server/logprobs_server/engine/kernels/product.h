@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <sys/mman.h>
 
+#include <array>
 #include <cstdlib>
 
 #include "rows.h"
@@ -130,6 +131,29 @@ class Rows {
     return reinterpret_cast<const T*>(from + down) + ahead;
   }
 
+  // Row r's input `kAhead` from here, in all lanes.
+  template <int kAhead>
+  Floats spread_at(int r) const {
+#ifdef __AVX512F__
+    // GCC makes a distance of its own of each `down + kAhead`, for which there are too few registers again.
+    const char* from = r < R / 2 ? low_ : high_;
+    const int row = r < R / 2 ? r : r - R / 2;
+    const int64_t down = row == 3 ? three_ : row == 5 ? five_ : one_;
+    const auto& all = *reinterpret_cast<const std::array<char, 1 << 20>*>(from);  // what may be read
+    constexpr int kOffset = kAhead * sizeof(T);
+    Floats found;
+    switch (row) {
+      case 0: asm("vbroadcastss %c1(%2), %0" : "=v"(found) : "i"(kOffset), "r"(from), "m"(all)); break;
+      case 2: asm("vbroadcastss %c1(%2, %3, 2), %0" : "=v"(found) : "i"(kOffset), "r"(from), "r"(down), "m"(all)); break;
+      case 4: asm("vbroadcastss %c1(%2, %3, 4), %0" : "=v"(found) : "i"(kOffset), "r"(from), "r"(down), "m"(all)); break;
+      default: asm("vbroadcastss %c1(%2, %3), %0" : "=v"(found) : "i"(kOffset), "r"(from), "r"(down), "m"(all));
+    }
+    return found;
+#else
+    return spread(*at(r, kAhead));
+#endif
+  }
+
   void advance(int inputs) {
     low_ += inputs * sizeof(T);
     high_ += inputs * sizeof(T);
@@ -152,33 +176,54 @@ struct Sums {
       for (int s = 0; s < S; ++s) at[r][s] = spread(0.0f);
   }
 
-  // Adds one input of each row times weights.
-  void add(const Rows<R, float>& x, int ahead, const Floats (&weights)[S]) {
+  // Adds the input `kAhead` from here of each row times weights.
+  template <int kAhead>
+  void add(const Rows<R, float>& x, const Floats (&weights)[S]) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Floats input = spread(*x.at(r, ahead));
+      const Floats input = x.template spread_at<kAhead>(r);
 #pragma GCC unroll 2
       for (int s = 0; s < S; ++s) at[r][s] = add_products(at[r][s], input, weights[s]);
     }
   }
-};
 
-// Adds the next `count` inputs of R rows of x times S vectors of 16 weights of each.
-template <int R, int S, class F>
-inline Sums<R, S> add_inputs(Sums<R, S> sums, Rows<R, float>& x, const float* weights, int64_t count, F call) {
-  for (const float* end = weights + count * kColumns; weights < end; weights += kColumns, x.advance(1)) {
-    call();
+  // The same, of weights in lines of 32.
+  template <int kAhead>
+  void take(const Rows<R, float>& x, const float* weights) {
     Floats line[S];
 #pragma GCC unroll 2
-    for (int s = 0; s < S; ++s) line[s] = load(weights + s * kLanes);
-    sums.add(x, 0, line);
+    for (int s = 0; s < S; ++s) line[s] = load(weights + kAhead * kColumns + s * kLanes);
+    add<kAhead>(x, line);
+  }
+};
+
+// Adds the next `count` inputs of R rows of x times S vectors of 16 weights of each. Four at a time where what counts them
+// competes with what multiplies.
+template <int R, int S, class F>
+inline Sums<R, S> add_inputs(Sums<R, S> sums, Rows<R, float>& x, const float* weights, int64_t count, F call) {
+  const float* end = weights + count * kColumns;
+  if constexpr (kWide)
+    for (; weights + 3 * kColumns < end; weights += 4 * kColumns, x.advance(4)) {
+      call();
+      sums.template take<0>(x, weights);
+      call();
+      sums.template take<1>(x, weights);
+      call();
+      sums.template take<2>(x, weights);
+      call();
+      sums.template take<3>(x, weights);
+    }
+  for (; weights < end; weights += kColumns, x.advance(1)) {
+    call();
+    sums.template take<0>(x, weights);
   }
   return sums;
 }
 
-// R rows of x times S vectors of 16 weights of every input.
+// out: R rows of x times S vectors of 16 weights of every input. A function by itself: in those that call it GCC keeps
+// sums in memory.
 template <int R, int S>
-inline Sums<R, S> multiply(Rows<R, float> x, const float* weights, int64_t in, Ahead ahead) {
+[[gnu::noinline]] void multiply(Rows<R, float> x, const float* weights, int64_t in, Ahead ahead, Sums<R, S>& out) {
   Sums<R, S> sums, none;
   sums.clear();
   none.clear();
@@ -189,12 +234,13 @@ inline Sums<R, S> multiply(Rows<R, float> x, const float* weights, int64_t in, A
     for (int r = 0; r < R; ++r)
       for (int s = 0; s < S; ++s) sums.at[r][s] = add(sums.at[r][s], part.at[r][s]);
   }
-  return sums;
+  out = sums;
 }
 
 // As above, of weights in pairs of inputs.
 template <int R, int S>
-inline Sums<R, S> multiply(Rows<R, Input<BFloat16>> x, const BFloat16* weights, int64_t in, Ahead ahead) {
+[[gnu::noinline]] void multiply(Rows<R, Input<BFloat16>> x, const BFloat16* weights, int64_t in, Ahead ahead,
+                                Sums<R, S>& out) {
   Sums<R, S> sums;
   sums.clear();
   const int32_t *pairs = reinterpret_cast<const int32_t*>(weights), *end = pairs + in / 2 * kColumns;
@@ -216,13 +262,13 @@ inline Sums<R, S> multiply(Rows<R, Input<BFloat16>> x, const BFloat16* weights, 
     Floats line[S];
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s) line[s] = as_floats(left_by(load(pairs + s * kLanes), 16));
-    sums.add(x, 0, line);
+    sums.template add<0>(x, line);
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s) line[s] = as_floats(bits_and(load(pairs + s * kLanes), spread(-0x10000)));
-    sums.add(x, 1, line);
+    sums.template add<1>(x, line);
 #endif
   }
-  return sums;
+  out = sums;
 }
 
 // f(integral_constant R, first row) for rows in groups of nearly equal size, at most kMost each.
@@ -286,12 +332,11 @@ void multiply_many(const float* x, int64_t rows, int64_t ldx, const T* weights, 
 #endif
 
 // emit(row, block, left, right) for every row of x and every block of outputs: 16 + 16 sums with the bias added. Called by
-// every member of the team. kStored: whether sums are put into memory before `emit` sees them; if `emit` calls functions,
-// GCC else keeps some there all the time.
-template <bool kStored = false, class T, class F>
+// every member of the team.
+template <class T, class F>
 void product(Team& team, const Inputs<Input<T>>& x, int64_t rows, const Packed<T>& by, F emit, const Later& later = {}) {
   const bool tiled = std::is_same_v<T, BFloat16> && on_tiles();
-  const int64_t most = tiled ? kTallRowTile : kRowTile, unit = tiled ? kTileRows : 1;
+  const int64_t most = tiled ? kTallRowTile : kRowTile, unit = tiled ? kTileRows : kRows;
   const int64_t blocks = blocks_of(by.outputs), least = (rows + most - 1) / most;
   const int64_t height = ((rows + least - 1) / least + unit - 1) / unit * unit, tiles = (rows + height - 1) / height;
   const int64_t width = std::max<int64_t>(1, blocks / (8 * team.size())), shares = (blocks + width - 1) / width;
@@ -339,8 +384,7 @@ void product(Team& team, const Inputs<Input<T>>& x, int64_t rows, const Packed<T
         for (int pass = 0; pass < 2 / S; ++pass, soon += share) {
           Ahead ahead{soon, step, kCacheLine};
           if (S == 2 && groups > 1) later.join(ahead, number++, blocks * groups, by.in * kColumns / kPassed);
-          sums[pass] = multiply<R, S>(input, by.weights + block * by.in * kColumns + pass * kPassed, by.in, ahead);
-          if constexpr (kStored) asm("" : "+m"(sums[pass]));
+          multiply(input, by.weights + block * by.in * kColumns + pass * kPassed, by.in, ahead, sums[pass]);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) with_bias(top + row + r, block, sums[0].at[r][0], sums[2 / S - 1].at[r][S - 1]);
