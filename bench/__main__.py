@@ -107,7 +107,7 @@ def _run(
             if name == OURS or name in RIVALS:
                 results[name][START].append({"seconds": worker.ready_s, "mib": worker.idle_mib})
         machine = _machine(setting)
-        results[OURS][START][-1]["read_bytes_per_s"] = machine.read_bytes_per_s
+        results[OURS][START][-1] |= machine.ceilings
         for question in questions:
             names = [name for name in workers if _answers(name, question)]
             turn = run % len(names)

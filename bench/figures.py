@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import repeat
 from statistics import median
 from typing import TypeAlias
@@ -50,8 +50,8 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """How a figure came out. `ratio`: to the best rival; `share`: of the ceiling, with memory as fast as it was in the
-    same run; None where there is none."""
+    """How a figure came out. `ratio`: to the best rival; `share`: of the ceiling as it was in the same run; None where
+    there is none."""
 
     figure: Figure
     ours: Sequence[float]
@@ -74,8 +74,8 @@ def standing(figure: Figure, results: Results, machine: Machine) -> Standing | N
     ratio = median(ours) / others[best] if best else None
     share = None
     if figure.ceiling:
-        reads = zip(ours, _reads(results[OURS], machine), strict=False)
-        shares = (value / figure.ceiling(replace(machine, read_bytes_per_s=read)) for value, read in reads)
+        runs = zip(ours, _machines(results[OURS], machine), strict=False)
+        shares = (value / figure.ceiling(then) for value, then in runs)
         share = median(1 / each if figure.less else each for each in shares)
     goal = figure.goals.get(machine.dtype)
     return Standing(
@@ -101,10 +101,11 @@ def _measure(key: str, name: str) -> _Value:
     return lambda measured, machine: [run[name] for run in measured.get(key, ()) if name in run]
 
 
-def _reads(measured: Measured, machine: Machine) -> Iterable[float]:
-    """Bytes per second that memory gave in each run (half a minute later it may be half as many), at best in all where
+def _machines(measured: Measured, machine: Machine) -> Iterable[Machine]:
+    """The machine as it was in each run (a shared one may be half as fast a minute later), at its best in all where
     nobody looked."""
-    return _measure(START, "read_bytes_per_s")(measured, machine) or repeat(machine.read_bytes_per_s)
+    measured_each = (run for run in measured.get(START, ()) if run.keys() >= machine.ceilings.keys())
+    return [machine.at(run) for run in measured_each] or repeat(machine)
 
 
 def _ratio(above: _Value, below: _Value) -> _Value:
@@ -166,8 +167,8 @@ def _growth(measured: Measured, machine: Machine) -> list[float]:
     short, long = _QUESTIONS["context128"], _QUESTIONS["context2048"]
     more = (long.prompt_tokens - short.prompt_tokens) * long.clients * machine.kv_bytes
     steps = [_measure(question.key, "steady_p50_ms")(measured, machine) for question in (short, long)]
-    runs = zip(*steps, _reads(measured, machine), strict=False)
-    return [(longer - shorter) / (1e3 * more / read) for shorter, longer, read in runs]
+    runs = zip(*steps, _machines(measured, machine), strict=False)
+    return [(longer - shorter) / (1e3 * more / then.read_bytes_per_s) for shorter, longer, then in runs]
 
 
 def _decode_ceiling(machine: Machine) -> float:

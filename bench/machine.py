@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -52,6 +52,16 @@ class Machine:
             layers_s=min(self.layers_s, other.layers_s),
             head_s=min(self.head_s, other.head_s),
         )
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """What differs from one measurement to the next."""
+        return {"read_bytes_per_s": self.read_bytes_per_s, "layers_s": self.layers_s, "head_s": self.head_s}
+
+    def at(self, ceilings: Mapping[str, float]) -> Machine:
+        """The machine with those of another measurement."""
+        read, layers, head = (ceilings[name] for name in self.ceilings)
+        return replace(self, read_bytes_per_s=read, layers_s=layers, head_s=head)
 
     def step_s(self, streams: int, context: float) -> float:
         """Seconds of a step: weights, keys and values read once, or the products, whatever takes longer."""
