@@ -104,8 +104,8 @@ def _measure(key: str, name: str) -> _Value:
 def _machines(measured: Measured, machine: Machine) -> Iterable[Machine]:
     """The machine as it was in each run (a shared one may be half as fast a minute later), at its best in all where
     nobody looked."""
-    measured_each = (run for run in measured.get(START, ()) if run.keys() >= machine.ceilings.keys())
-    return [machine.at(run) for run in measured_each] or repeat(machine)
+    starts = (start for start in measured.get(START, ()) if start.keys() >= machine.ceilings.keys())
+    return [machine.at(start) for start in starts] or repeat(machine)
 
 
 def _ratio(above: _Value, below: _Value) -> _Value:
