@@ -12,6 +12,7 @@ namespace logprobs {
 constexpr int64_t kBlock = 32;  // tokens in a block of the KV cache; BLOCK_SIZE in kv_cache.py
 constexpr uint32_t kAll = ~uint32_t{0};
 constexpr int64_t kLines = 48;  // queries of heads that go through the same keys together
+constexpr int64_t kSoon = 4;    // queries that are called for before they are read
 constexpr int kDirect = 4;      // queries that wait for memory: they call for the next block while they read one
 
 // Memory of one thread, kept from call to call: fresh pages cost more than what is computed in them.
@@ -153,6 +154,11 @@ inline void keep(const float* key, const float* value, int64_t size, int64_t slo
   });
 }
 
+// Into the first cache.
+inline void call_for(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kCacheLine / sizeof(float)) _mm_prefetch(from + i, _MM_HINT_T0);
+}
+
 // Norms and rotates queries and keys of rows begin … end - 1 of a chunk, in place in qkv[rows, width], for one head of
 // keys and the queries that ask it, and keeps keys and values. A block's first token clears the block: what a longer
 // sequence left there must not reach sums, not even times 0.
@@ -162,6 +168,12 @@ void remember(float* qkv, const Step& step, int64_t chunk, int64_t begin, int64_
   for (int64_t row = begin; row < end; ++row) {
     const int64_t position = step.positions[row], slot = position % kBlock;
     float* line = qkv + row * heads.width();
+    if (row + 1 < end) {
+      const float* next = line + heads.width();
+      call_for(next + head * heads.group() * heads.size, heads.group() * heads.size);
+      call_for(next + (heads.query + head) * heads.size, heads.size);
+      call_for(next + (heads.query + heads.key + head) * heads.size, heads.size);
+    }
     const auto turned = [&](float* x, const float* weight) {
       if (weight != nullptr) norm_row(x, heads.size, Norm{weight, nullptr, look.eps, false}, x);
       if (look.rotary > 0) rotate(x, look.rotary, look.rotation + position * look.rotary);
@@ -331,15 +343,18 @@ Floats power(Floats x) {
     return exponential(x);
 }
 
-// The largest of a line's scores of a block, of keys `seen` alone; masks the others.
-inline float peak_of(float* scores, uint32_t seen) {
-  if (seen == kAll) return largest(max(load(scores), load(scores + kLanes)));
-  const Floats masked = spread(kMasked);
-  const Floats left = select(static_cast<Mask>(seen), load(scores), masked);
-  const Floats right = select(static_cast<Mask>(seen >> kLanes), load(scores + kLanes), masked);
-  store(scores, left);
-  store(scores + kLanes, right);
-  return largest(max(left, right));
+// The largest of each line's scores of a block.
+inline void find_peaks(const float* scores, int64_t lines, float* peaks) {
+  const auto larger = [&](int64_t l) { return max(load(scores + l * kBlock), load(scores + l * kBlock + kLanes)); };
+  int64_t l = 0;
+  for (; l + kLanes <= lines; l += kLanes) store(peaks + l, largest_of_each([&](int64_t i) { return larger(l + i); }));
+  for (; l < lines; ++l) peaks[l] = largest(larger(l));
+}
+
+// Masks a line's scores of keys that are not `seen`.
+inline void mask(float* scores, uint32_t seen) {
+  store(scores, select(static_cast<Mask>(seen), load(scores), spread(kMasked)));
+  store(scores + kLanes, select(static_cast<Mask>(seen >> kLanes), load(scores + kLanes), spread(kMasked)));
 }
 
 // Once the peaks of a block are known: what sums before it fade to, and what it counts for itself. Of nothing but masked
@@ -355,16 +370,18 @@ void advance(const Lines& lines, int64_t count) {
   });
 }
 
-// Turns line l's scores of a block into weights, in their place.
+// Turns the scores [lines][kBlock] of a block into weights, in their place, those of lines begin … end - 1.
 template <class C>
-void weigh(float* scores, const Lines& lines, int64_t l, const Shares& shares) {
-  const Floats peak = spread(lines.peak[l]);
-  const Floats low = power<C>(sub(load(scores), peak));
-  const Floats high = power<C>(sub(load(scores + kLanes), peak));
-  float* total = lines.totals + l * kLanes;
-  const Floats before = mul(load(total), spread(lines.fade[l]));
-  store(total, fmadd(add(low, high), spread(lines.gain[l]), before));
-  lines.gain[l] *= shares.put(low, high, reinterpret_cast<C*>(scores));
+void weigh(float* scores, const Lines& lines, int64_t begin, int64_t end, const Shares& shares) {
+  for (int64_t l = begin; l < end; ++l) {
+    float *line = scores + l * kBlock, *total = lines.totals + l * kLanes;
+    const Floats peak = spread(lines.peak[l]);
+    const Floats low = power<C>(sub(load(line), peak));
+    const Floats high = power<C>(sub(load(line + kLanes), peak));
+    const Floats before = mul(load(total), spread(lines.fade[l]));
+    store(total, fmadd(add(low, high), spread(lines.gain[l]), before));
+    lines.gain[l] *= shares.put(low, high, reinterpret_cast<C*>(line));
+  }
 }
 
 // Which of the 32 keys from `start` on a query at `position` sees.
@@ -400,10 +417,12 @@ void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t h
   const Lines state{rest, totals, rest + lines, rest + 2 * lines, rest + 3 * lines};
   std::fill_n(state.largest, lines, kMasked);
   std::fill_n(totals, lines * kLanes, 0.0f);
+  const auto query_of = [&](int64_t l) { return qkv + (row + l / group) * heads.width() + (head * group + l % group) * size; };
   const auto gather = [&]<int kMost>() {
     each_group<kMost>(lines, [&](auto many, int64_t from) {
       for (int64_t l = from; l < from + many.value; ++l) {
-        const float* query = qkv + (row + l / group) * heads.width() + (head * group + l % group) * size;
+        const float* query = query_of(l);
+        call_for(query_of(std::min(l + kSoon, lines - 1)), size);
         C* to = queries + from * cells + l - from;
         if constexpr (std::is_same_v<C, Pair>) {
           const float scale = scale_of(query, size, kLimit);
@@ -424,22 +443,20 @@ void attend_tile(const float* qkv, const Step& step, const Tile& tile, int64_t h
     each_group<kMost>(lines, [&](auto many, int64_t l) {
       score_block<many.value, kMost == kDirect>(queries + l * cells, scales + l, block, cells, scores + l * kBlock, ahead);
     });
-    for (int64_t q = 0; q < count; ++q) {
-      const uint32_t seen = seen_keys(first + q, begin, look.window);
-      for (int64_t h = 0; h < group; ++h) {
-        float* line = scores + (q * group + h) * kBlock;
-        if (look.slopes != nullptr)
-          for (int64_t i = 0; i < kBlock; ++i) line[i] += look.slopes[head * group + h] * kUnit<C> * (begin + i);
-        state.peak[q * group + h] = peak_of(line, seen);
-      }
-    }
+    if (look.slopes != nullptr)
+      for (int64_t l = 0; l < lines; ++l)
+        for (int64_t i = 0; i < kBlock; ++i)
+          scores[l * kBlock + i] += look.slopes[head * group + l % group] * kUnit<C> * (begin + i);
+    const auto seen_by = [&](int64_t q) { return seen_keys(first + q, begin, look.window); };
+    const bool by_all = (seen_by(0) & seen_by(count - 1)) == kAll;
+    if (!by_all)
+      for (int64_t l = 0; l < lines; ++l) mask(scores + l * kBlock, seen_by(l / group));
+    find_peaks(scores, lines, state.peak);
     advance<C>(state, lines);
-    const Shares all(block, kAll);
-    for (int64_t q = 0; q < count; ++q) {
-      const uint32_t seen = seen_keys(first + q, begin, look.window);
-      const Shares shares = seen == kAll ? all : Shares(block, seen);
-      for (int64_t l = q * group; l < (q + 1) * group; ++l) weigh<C>(scores + l * kBlock, state, l, shares);
-    }
+    if (by_all)
+      weigh<C>(scores, state, 0, lines, Shares(block, kAll));
+    else
+      for (int64_t q = 0; q < count; ++q) weigh<C>(scores, state, q * group, (q + 1) * group, Shares(block, seen_by(q)));
     each_group<kMost>(lines, [&](auto many, int64_t l) {
       mix_block<many.value, kMost == kDirect>(reinterpret_cast<const C*>(scores + l * kBlock), state.fade + l,
                                               state.gain + l, block.values, size, sums + l * size, ahead.values);

@@ -30,6 +30,7 @@ enum End : int64_t {
 };
 
 constexpr int64_t kFew = 32;          // rows that a thread norms sooner than it waits for the others
+constexpr int64_t kMany = 8;          // rows of more that a thread takes at once: to take some waits for all it has stored
 constexpr int64_t kCached = 1 << 20;  // logits that the caches hold until they are reduced
 
 // What all layers share, whole numbers first. Fields in the order of lean.py.
@@ -91,7 +92,7 @@ class Layers {
     Team& team = Team::get();
     team.run([&] {
       const Flushing flushing;
-      team.each(step.rows, [&](int64_t r) { embed(tokens[r], step.positions[r], residual + r * shape_.hidden); });
+      each_row(team, step.rows, [&](int64_t r) { embed(tokens[r], step.positions[r], residual + r * shape_.hidden); });
       for (size_t l = 0; l < layers_.size(); ++l) layer(team, residual, step, cuts, l, b);
     });
   }
@@ -102,11 +103,11 @@ class Layers {
     const Inputs<X> normed = inputs(rows, shape_.hidden);
     Team& team = Team::get();
     team.run([&] {
-      team.each(rows, [&](int64_t r) { norm(hidden, r, final_norm_, normed); });
+      each_row(team, rows, [&](int64_t r) { norm(hidden, r, final_norm_, normed); });
       if (shape_.vocab % kLanes == 0 && rows * shape_.vocab > kCached)
         product(team, normed, rows, head_, stream(out, shape_.vocab));
       else
-        product(team, normed, rows, head_, put(out, shape_.vocab));
+        product(team, normed, rows, head_, Put{out, shape_.vocab});
       _mm_sfence();
     });
   }
@@ -124,6 +125,15 @@ class Layers {
     const bool whole = width % kTileInputs == 0 && shape_.heads.size % kLanes == 0;
     const bool tiled = std::is_same_v<X, BFloat16> && on_tiles() && rows > kFew && whole;
     return {room_.take<X>((rows + kSide - 1) / kSide * kSide * width), width, tiled};
+  }
+
+  // A section: f(row) for each of `rows`.
+  template <class F>
+  static void each_row(Team& team, int64_t rows, F f) {
+    const int64_t many = rows > kFew ? kMany : 1;
+    team.each((rows + many - 1) / many, [&](int64_t part) {
+      for (int64_t r = part * many; r < std::min(rows, (part + 1) * many); ++r) f(r);
+    });
   }
 
   void embed(int64_t token, int64_t position, float* row) const {
@@ -146,7 +156,7 @@ class Layers {
   // wait for the others takes longer; of many by the team, in `shared`, as where another section reads it too.
   Inputs<X> normed(Team& team, const float* x, int64_t rows, const Norm& how, const Inputs<X>& shared, Arena& own) {
     if (rows > kFew || shape_.parallel) {
-      team.each(rows, [&](int64_t r) { norm(x, r, how, shared); });
+      each_row(team, rows, [&](int64_t r) { norm(x, r, how, shared); });
       return shared;
     }
     const Inputs<X> out{reinterpret_cast<X*>(own.floats(rows * shape_.hidden)), shape_.hidden};
@@ -154,21 +164,38 @@ class Layers {
     return out;
   }
 
-  // Puts a product's sums into out[rows, width], or adds them to it.
-  template <bool kAdd = false>
-  static auto put(float* out, int64_t width) {
-    return [out, width](int64_t row, int64_t block, Floats left, Floats right) {
+  // Puts a product's sums into out[rows, width].
+  struct Put {
+    float* out;
+    int64_t width;
+
+    void operator()(int64_t row, int64_t block, Floats left, Floats right) const {
       float* to = out + row * width + block * kColumns;
       const int64_t rest = width - block * kColumns;
-      const Mask first = first_lanes(rest), second = first_lanes(rest - kLanes);
-      if constexpr (kAdd) {
-        left = add(load(to, first), left);
-        right = add(load(to + kLanes, second), right);
-      }
-      store(to, left, first);
-      if (second != 0) store(to + kLanes, right, second);
-    };
-  }
+      store(to, left, first_lanes(rest));
+      if (rest > kLanes) store(to + kLanes, right, first_lanes(rest - kLanes));
+    }
+  };
+
+  // Adds a product's sums to out[rows, width].
+  struct Add {
+    float* out;
+    int64_t width;
+
+    // Calls for what the sums will be added to: of many rows, it is in no near cache.
+    void expect(int64_t row, int64_t block) const {
+      const float* to = out + row * width + block * kColumns;
+      _mm_prefetch(to, _MM_HINT_T0);
+      _mm_prefetch(to + kLanes, _MM_HINT_T0);
+    }
+
+    void operator()(int64_t row, int64_t block, Floats left, Floats right) const {
+      const float* from = out + row * width + block * kColumns;
+      const int64_t rest = width - block * kColumns;
+      const Floats first = load(from, first_lanes(rest)), second = load(from + kLanes, first_lanes(rest - kLanes));
+      Put{out, width}(row, block, add(first, left), add(second, right));
+    }
+  };
 
   // Puts a product's sums into out[rows, width], a whole number of cache lines, past the caches: to fetch lines only to
   // overwrite them costs a tenth of the product. Whoever does so must fence.
@@ -207,10 +234,12 @@ class Layers {
     const int64_t rows = step.rows, hidden = shape_.hidden;
     const auto add_to_residual = [&](const Inputs<X>& x, const Packed<T>& by, const Norm& norm_after) {
       if (norm_after.weight != nullptr) {
-        product(team, x, rows, by, put(b.after, hidden));
-        team.each(rows, [&](int64_t r) { norm_row(b.after + r * hidden, hidden, norm_after, residual + r * hidden, true); });
+        product(team, x, rows, by, Put{b.after, hidden});
+        each_row(team, rows, [&](int64_t r) {
+          norm_row(b.after + r * hidden, hidden, norm_after, residual + r * hidden, true);
+        });
       } else {
-        product(team, x, rows, by, put<true>(residual, hidden));
+        product(team, x, rows, by, Add{residual, hidden});
       }
     };
     const auto kept = [&](int64_t of) { return Kept<C>{cache_, static_cast<int64_t>(layers_.size()), of}; };
@@ -219,7 +248,7 @@ class Layers {
     const auto mlp_input = [&] { return normed(team, residual, rows, w.mlp_norm, b.mlp_normed, own_second); };
     const Inputs<X> early = shape_.parallel ? mlp_input() : Inputs<X>{};
     product(team, normed(team, residual, rows, w.input_norm, b.normed, own), rows, w.qkv,
-            put(b.qkv, shape_.heads.width()));
+            Put{b.qkv, shape_.heads.width()});
     attend(team, b.qkv, step, cuts, shape_.heads, w.look, kept(index), b.mixed);
     add_to_residual(b.mixed, w.out, w.after_attention);
     Later later;

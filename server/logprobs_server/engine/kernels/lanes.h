@@ -86,6 +86,21 @@ inline Floats scale(Floats x, Floats power) { return _mm512_scalef_ps(x, power);
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 
+// The largest number of each of 16 vectors; x(l) is the l-th. All at once, by halves of halves.
+template <class F>
+Floats largest_of_each(F x) {
+  Floats quarters[4];
+#pragma GCC unroll 4
+  for (int l = 0; l < 4; ++l) {
+    const auto halves = [](Floats a, Floats b) { return max(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE)); };
+    const Floats a = halves(x(l), x(l + 4)), b = halves(x(l + 8), x(l + 12));
+    quarters[l] = max(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  }
+  const auto pairs = [](Floats a, Floats b) { return max(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+  const Floats a = pairs(quarters[0], quarters[1]), b = pairs(quarters[2], quarters[3]);
+  return max(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE));
+}
+
 inline Wholes add(Wholes a, Wholes b) { return _mm512_add_epi32(a, b); }
 inline Wholes mul(Wholes a, Wholes b) { return _mm512_mullo_epi32(a, b); }
 inline Wholes bits_and(Wholes a, Wholes b) { return _mm512_and_si512(a, b); }
@@ -292,6 +307,13 @@ float reduced(Floats x, F f) {
 }
 inline float sum(Floats x) { return reduced(x, [](__m256 a, __m256 b) { return _mm256_add_ps(a, b); }); }
 inline float largest(Floats x) { return reduced(x, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); }); }
+
+template <class F>
+Floats largest_of_each(F x) {
+  alignas(32) float found[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) found[l] = largest(x(l));
+  return load(found);
+}
 
 template <class F>
 int32_t reduced(Wholes x, F f) {
