@@ -16,13 +16,15 @@ from torch.nn import functional
 
 from logprobs_server.engine.batch import Chunk
 from logprobs_server.engine.decoder import Architecture, Layer, Linear, Norm
-from logprobs_server.engine.kv_cache import BLOCK_SIZE
+from logprobs_server.engine.kv_cache import BLOCK_SIZE, blocks_for
 from logprobs_server.engine.types import ModelDescription
 
 __all__ = ["LeanModel", "packed_decoder"]
 
 _COLUMNS, _LANES = 32, 16
 """Outputs of a block of packed weights, and those of a gate that stand beside as many of its partner."""
+_AHEAD = 8
+"""Blocks behind a sequence's own tokens whose memory is used for the first time before they are needed."""
 _TILES_PACE = 3
 """Where products run on AMX tiles, a prompt's token takes a third of what a decoded one does."""
 
@@ -44,6 +46,7 @@ class LeanModel:
         self._cache = torch.ops.logprobs.huge_pages(kept, torch.float32 if dtype == torch.float32 else torch.int32)
         self._decoder = packed_decoder(architecture, dtype, self._cache)
         self._logits = self._buffer = torch.empty(0)
+        self._touched = 0  # blocks up to this one have been used
 
     @staticmethod
     def block_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
@@ -52,6 +55,7 @@ class LeanModel:
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes the chunks and stores their keys and values; returns hidden states [tokens of all, hidden]."""
+        self._touch(chunks)
         token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
         counts = [len(chunk.token_ids) for chunk in chunks]
         width = max((chunk.start + len(chunk.token_ids) - 1) // BLOCK_SIZE + 1 for chunk in chunks)
@@ -69,10 +73,24 @@ class LeanModel:
         self._decoder.logits(hidden.contiguous(), self._logits)
         return self._logits
 
+    def _touch(self, chunks: Sequence[Chunk]) -> None:
+        """Uses the memory that sequences go on in as soon as they start, and keeps what it holds. One by one its pages,
+        of 2 MiB, would hold up steps later: each by 4.4 ms where a host gives a virtual machine memory only then."""
+        last = max(block for chunk in chunks for block in _next_blocks(chunk))
+        if last > self._touched:
+            self._cache[self._touched + 1 : last + 1, :, 0, 0] += 0
+            self._touched = last
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies keys and values of blocks, (from, to)."""
         for source, target in pairs:
             self._cache[target].copy_(self._cache[source])
+
+
+def _next_blocks(chunk: Chunk) -> Sequence[int]:
+    """The blocks that a chunk's tokens are kept in, and some that follow."""
+    end = blocks_for(chunk.start + len(chunk.token_ids))
+    return chunk.blocks[chunk.start // BLOCK_SIZE : end + _AHEAD]
 
 
 def packed_decoder(whole: Architecture, dtype: torch.dtype, cache: Tensor) -> Any:
