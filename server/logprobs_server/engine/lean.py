@@ -78,7 +78,8 @@ class LeanModel:
         of 2 MiB, would hold up steps later: each by 4.4 ms where a host gives a virtual machine memory only then."""
         last = max(block for chunk in chunks for block in _next_blocks(chunk))
         if last > self._touched:
-            self._cache[self._touched + 1 : last + 1, :, 0, 0] += 0
+            with torch.inference_mode():
+                self._cache[self._touched + 1 : last + 1, :, 0, 0] += 0
             self._touched = last
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
