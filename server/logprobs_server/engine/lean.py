@@ -46,7 +46,7 @@ class LeanModel:
         self._cache = torch.ops.logprobs.huge_pages(kept, torch.float32 if dtype == torch.float32 else torch.int32)
         self._decoder = packed_decoder(architecture, dtype, self._cache)
         self._logits = self._buffer = torch.empty(0)
-        self._touched = 0  # blocks up to this one have been used
+        self._touched: set[int] = set()
 
     @staticmethod
     def block_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
@@ -74,13 +74,13 @@ class LeanModel:
         return self._logits
 
     def _touch(self, chunks: Sequence[Chunk]) -> None:
-        """Uses the memory that sequences go on in as soon as they start, and keeps what it holds. One by one its pages,
-        of 2 MiB, would hold up steps later: each by 4.4 ms where a host gives a virtual machine memory only then."""
-        last = max(block for chunk in chunks for block in _next_blocks(chunk))
-        if last > self._touched:
+        """Uses the memory of the blocks that sequences go on in once they start, and keeps what it holds. Pages of
+        2 MiB would hold up steps later, one by one: by 4.4 ms where a host gives a virtual machine memory only then."""
+        fresh = {block for chunk in chunks for block in _next_blocks(chunk)} - self._touched
+        if fresh:
             with torch.inference_mode():
-                self._cache[self._touched + 1 : last + 1, :, 0, 0] += 0
-            self._touched = last
+                self._cache[list(fresh), :, 0, 0] += 0
+            self._touched |= fresh
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies keys and values of blocks, (from, to)."""

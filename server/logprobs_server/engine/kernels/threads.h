@@ -16,11 +16,11 @@
 
 namespace logprobs {
 
+constexpr int kSpins = 2000;  // pauses before a waiting thread lets others have its processor: some 20 microseconds
 // Times that an idle thread then lets others go first before it sleeps: some milliseconds, longer than what comes between
 // two runs of a step. An idle processor may take 2 ms to come back, in which the others run alone (16 streams on a virtual
 // machine, with 500: p99 / p50 between messages 1.33, now 1.18).
 constexpr int kYields = 8000;
-constexpr int kSpins = 2000;  // pauses before a waiting thread lets others have its processor: some 20 microseconds
 constexpr std::chrono::milliseconds kGiven{5};  // a member lets others go first until they took so long of a run
 
 template <class Done>
