@@ -95,7 +95,7 @@ QUESTIONS = (
     Question(key="score2000", name="score 1 x 2,000 tokens", prompt_tokens=2000),
     Question(key="rank", name="sample and rank, 20 x 48 tokens", prompt_tokens=80, new_tokens=48, completions=20),
     Question(key="choice", name="multiple choice, 512 + 8 x 8 tokens", prompt_tokens=512, choices=8),
-    _streams("late", "16 streams, a prompt of 2,000 tokens comes in", 16, 1, new_tokens=192, late_tokens=2000),
+    _streams("late", "16 streams, a prompt of 2,000 tokens comes in", 16, 1, new_tokens=320, late_tokens=2000),
     *(_streams(f"top{k}", f"16 streams, {k} alternatives", 16, 1, top=k, of="ours") for k in (0, 1, 5, 20, 100)),
     _streams("service", "32 streams, over gRPC", 32, 1, of="ours"),
     _streams("engine", "32 streams, the engine alone", 32, 1, of="engine"),
