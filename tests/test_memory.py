@@ -91,6 +91,6 @@ def test_memory_that_a_sequence_goes_on_in_is_used_when_it_starts(folder: Path) 
         )
     )
     assert isinstance(model, LeanModel)
-    blocks = range(500, 500 * 12, 500)  # further apart than pages are large
+    blocks = range(500, 500 * 20, 500)  # further apart than pages are large
     model.forward([Chunk(token_ids=[1, 2, 3], start=0, blocks=blocks)])
-    assert [is_used(model._cache[block]) for block in blocks] == [True] * 9 + [False] * 2
+    assert [is_used(model._cache[block]) for block in blocks] == [True] * 17 + [False] * 2

@@ -23,7 +23,7 @@ __all__ = ["LeanModel", "packed_decoder"]
 
 _COLUMNS, _LANES = 32, 16
 """Outputs of a block of packed weights, and those of a gate that stand beside as many of its partner."""
-_AHEAD = 8
+_AHEAD = 16
 """Blocks behind a sequence's own tokens whose memory is used for the first time before they are needed."""
 _TILES_PACE = 3
 """Where products run on AMX tiles, a prompt's token takes a third of what a decoded one does."""
