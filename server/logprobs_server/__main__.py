@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from logprobs_server.config import Config
+from logprobs_server.loop import EventLoop
 
 __all__ = ["main", "parse"]
 
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     from logprobs_server.app import serve
 
-    return asyncio.run(serve(config))
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        return runner.run(serve(config))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class InputReader:
         end = ConversationEnd(given.end) if given.end else default
         messages = [(message.role, message.content) for message in given.messages]
         try:
-            text = rendered(render, messages, end, self._vocabulary.special_names)
+            text = rendered(render, messages, end, self._vocabulary.special_tokens.values())
         except TemplateRefusedError as error:
             rules.broken(field, f"the model's chat template refuses it: {str(error)[:_MAX_SHOWN_REASON]}")
             return None

@@ -79,15 +79,13 @@ class _Call:
         watch.finished("OK")
         return response
 
-    async def stream(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+    async def stream(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Answers any number of times."""
         watch = _Watch(self._method, context)
         behaviour = self._handler.stream_stream if self._handler.request_streaming else self._handler.unary_stream
         try:
             given = _all_sound(request) if self._handler.request_streaming else _sound(request)
-            async for response in behaviour(given, context):
-                await watch.identify()
-                yield response
+            await behaviour(given, watch)
         except BaseException as error:
             await watch.failed(error)
             raise
@@ -95,7 +93,7 @@ class _Call:
 
 
 class _Watch:
-    """Follows one call to its end."""
+    """Follows one call to its end; what a method that answers with a stream writes to."""
 
     def __init__(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         given = dict(context.invocation_metadata() or ()).get(_REQUEST_ID, "")
@@ -111,6 +109,14 @@ class _Watch:
         if not self._identified:
             self._identified = True
             await self._context.send_initial_metadata(((_REQUEST_ID, self._request_id),))
+
+    def write(self, response: Any) -> Awaitable[None]:
+        """Sends one message of a stream."""
+        return self._context.write(response) if self._identified else self._write_first(response)
+
+    async def _write_first(self, response: Any) -> None:
+        await self.identify()
+        await self._context.write(response)
 
     def finished(self, status: str) -> None:
         """Logs the end."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
@@ -46,14 +47,19 @@ async def checked(check: Callable[[_Request], _Plan], request: _Request, *, cont
 
 
 async def run(
-    engine: Engine, job: Job, read: Callable[[Sequence[Event]], _Read], *, patient: bool = False
-) -> AsyncIterator[_Read]:
-    """Gives what `read` makes of the events that wait, again and again until the job has finished; left early, it
+    engine: Engine,
+    job: Job,
+    read: Callable[[Sequence[Event]], Iterable[_Read]],
+    write: Callable[[_Read], Awaitable[None]],
+    *,
+    patient: bool = False,
+) -> None:
+    """Writes what `read` makes of the events that wait, again and again until the job has finished; stopped early, it
     cancels the job.
 
     Args:
         engine: one that calls its sinks on this event loop.
-        read: called where events come in if they are waited for, else when they are asked for.
+        read: called where events come in if they are waited for, else when all before them is written.
         patient: waits while the queue is full.
     Raises:
         OverloadedError, NotReadyError: the engine takes no job. EngineFailedError: it could not do this one.
@@ -62,7 +68,8 @@ async def run(
     ticket = await _submitted(engine, job, inbox.put, patient)
     try:
         while not inbox.finished:
-            yield await inbox.take()
+            for each in await inbox.take():
+                await write(each)
     finally:
         engine.cancel(ticket)
 
@@ -72,10 +79,10 @@ class _Inbox(Generic[_Read]):
     a row: messages of 16 streams took 44 us each between their sends, since to send one leaves nothing in the caches.
     """
 
-    def __init__(self, read: Callable[[Sequence[Event]], _Read]) -> None:
+    def __init__(self, read: Callable[[Sequence[Event]], Iterable[_Read]]) -> None:
         self._read = read
         self._events: list[Event] = []
-        self._reader: asyncio.Future[_Read] | None = None
+        self._reader: asyncio.Future[Iterable[_Read]] | None = None
         self.finished = False
 
     def put(self, events: Sequence[Event]) -> None:
@@ -88,14 +95,14 @@ class _Inbox(Generic[_Read]):
             except Exception as error:
                 reader.set_exception(error)
 
-    async def take(self) -> _Read:
+    async def take(self) -> Iterable[_Read]:
         """What there is, once there is something."""
         if self._events:
             return self._all()
         self._reader = asyncio.get_running_loop().create_future()
         return await self._reader
 
-    def _all(self) -> _Read:
+    def _all(self) -> Iterable[_Read]:
         events, self._events = self._events, []
         last = events[-1]
         if isinstance(last, JobFailed):
@@ -111,10 +118,12 @@ async def scored(engine: Engine, builder: MessageBuilder, plan: ScorePlan, *, pa
         As `run` does.
     """
     messages = ScoreMessages(builder, plan)
+
+    async def push(number: int, event: Event) -> None:
+        messages.push(number, event)
+
     for number, job in enumerate(plan.jobs):
-        async for events in run(engine, job, tuple, patient=patient):
-            for event in events:
-                messages.push(number, event)
+        await run(engine, job, tuple, partial(push, number), patient=patient)
     return messages
 
 

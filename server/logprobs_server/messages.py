@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from typing import TypeVar
 
 from logprobs.v1 import logprobs_pb2 as pb
@@ -47,7 +46,7 @@ class MessageBuilder:
         self._model = model
         self._limits = limits
         self._has_chat_template = has_chat_template
-        self._spelling = lru_cache(1 << 16)(lambda i: (vocabulary.token_bytes(i), vocabulary.special_name(i)))
+        self._spellings, self._special_tokens = vocabulary.all_token_bytes, vocabulary.special_tokens
 
     @property
     def response_bytes(self) -> int:
@@ -134,9 +133,8 @@ class MessageBuilder:
         token_id = position.token_id
         assert token_id is not None
         token.id = token_id
-        token.special = self._vocabulary.is_special(token_id)
-        if name := self._spelling(token_id)[1]:
-            token.special_name = name
+        if token_id in self._special_tokens:
+            token.special, token.special_name = True, self._special_tokens[token_id]
         if position.logprob is not None and position.rank is not None:
             token.logprob, token.rank = position.logprob, position.rank
         self.tell_distribution(token, position, named_ids)
@@ -157,10 +155,10 @@ class MessageBuilder:
 
     def _add(self, add: Callable[..., pb.Alternative], ids: Sequence[int], logprobs: Sequence[float]) -> None:
         for token_id, logprob in zip(ids, logprobs, strict=True):
-            spelling, name = self._spelling(token_id)
-            added = add(id=token_id, bytes=spelling, logprob=logprob)
-            if name:
-                added.special_name = name
+            added = add()  # field by field: named arguments are looked up by name, and took a third more
+            added.id, added.bytes, added.logprob = token_id, self._spellings[token_id], logprob
+            if token_id in self._special_tokens:
+                added.special_name = self._special_tokens[token_id]
 
 
 class GenerateMessages:
@@ -178,8 +176,17 @@ class GenerateMessages:
         self._finished: dict[int, CompletionFinished] = {}
         self._prompt_told = 0
 
-    def push(self, events: Sequence[Event]) -> Iterator[pb.GenerateResponse]:
-        """Messages for the next events, in the contract's order."""
+    def push(self, events: Sequence[Event]) -> Iterable[pb.GenerateResponse]:
+        """Messages for the next events, in the contract's order. The first is built now: a step gives one. Others are
+        built when they are asked for, and hold nobody up."""
+        if len(events) == 1 and not self._plan.holds:  # what a step gives most streams, and cheaply
+            event = events[0]
+            if isinstance(event, CompletionDecoded) and len(event.tokens) == 1:
+                return (self._piece(event.index, event.tokens[0], event.text),)
+        messages = self._messages(events)
+        return chain(list(islice(messages, 1)), messages)
+
+    def _messages(self, events: Sequence[Event]) -> Iterator[pb.GenerateResponse]:
         for event in events:
             if isinstance(event, JobStarted):
                 yield self._started(event)
@@ -237,9 +244,6 @@ class GenerateMessages:
             yield pb.GenerateResponse(prompt_scored=pb.PromptScored(tokens=part, text_changed=text.text_changed))
 
     def _decoded(self, events: Sequence[CompletionDecoded]) -> Iterator[pb.GenerateResponse]:
-        if len(events) == 1 and len(events[0].tokens) == 1:  # what a step gives most streams
-            yield from self._pieces(events[0])
-            return
         pieces = (piece for event in events for piece in self._pieces(event))
         for response, *others in parts(pieces, self._builder.response_bytes):
             deltas = {delta.completion: delta for delta in response.decoded.deltas}
@@ -256,13 +260,15 @@ class GenerateMessages:
         """What became certain in messages of at most one token each; the last has the text."""
         tokens: Sequence[DecodedToken | None] = event.tokens or (None,)
         for token in tokens:
-            response = pb.GenerateResponse()
-            delta = response.decoded.deltas.add(completion=event.index)
-            if token is not None:
-                self._builder.drawn_token(delta.tokens.add(), token, self._plan.job.logprobs.token_ids)
-            if token is tokens[-1]:
-                delta.text = event.text
-            yield response
+            yield self._piece(event.index, token, event.text if token is tokens[-1] else "")
+
+    def _piece(self, completion: int, token: DecodedToken | None, text: str) -> pb.GenerateResponse:
+        response = pb.GenerateResponse()
+        delta = response.decoded.deltas.add()
+        delta.completion, delta.text = completion, text
+        if token is not None:
+            self._builder.drawn_token(delta.tokens.add(), token, self._plan.job.logprobs.token_ids)
+        return response
 
     def _finish(self, event: CompletionFinished) -> pb.GenerateResponse:
         finished = pb.CompletionFinished(completion=event.index, reason=_REASONS[event.reason], totals=_totals(event))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from logprobs.v1 import logprobs_pb2 as pb
@@ -52,8 +52,10 @@ class ScoreStream:
         self._scoring: set[asyncio.Task[None]] = set()
         self._answers: asyncio.Queue[_Answer | None] = asyncio.Queue()  # no longer than the room allows
 
-    async def answers(self, requests: AsyncIterator[pb.ScoreStreamRequest]) -> AsyncIterator[pb.ScoreStreamResponse]:
-        """Answers all requests; left early, it forgets those under way.
+    async def answers(
+        self, requests: AsyncIterator[pb.ScoreStreamRequest]
+    ) -> AsyncGenerator[pb.ScoreStreamResponse, None]:
+        """Answers all requests; closed early, it forgets those under way.
 
         Raises:
             What reading the requests raises.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 from logprobs.v1 import logprobs_pb2 as pb
@@ -32,7 +32,10 @@ class Ready:
 
 
 class LogprobsServicer(LogprobsServiceServicer):
-    """Implements the contract; answers UNAVAILABLE until `ready` is set."""
+    """Implements the contract; answers UNAVAILABLE until `ready` is set.
+
+    Streams are written to, one of gRPC's two ways: generators, each in another, took messages longer.
+    """
 
     def __init__(self) -> None:
         self.ready: Ready | None = None
@@ -43,22 +46,21 @@ class LogprobsServicer(LogprobsServiceServicer):
         plan = await checked(ready.validator.score, request, continuations=len(request.continuations))
         return (await scored(ready.engine, ready.builder, plan)).response()
 
-    async def ScoreStream(  # noqa: N802
+    async def ScoreStream(  # type: ignore[override]  # noqa: N802
         self, request_iterator: AsyncIterator[pb.ScoreStreamRequest], context: Any
-    ) -> AsyncIterator[pb.ScoreStreamResponse]:
+    ) -> None:
         """Scores many requests, and answers them as they finish."""
         ready = self._ready()
-        async for response in ScoreStream(ready.engine, ready.validator, ready.builder).answers(request_iterator):
-            yield response
+        stream = ScoreStream(ready.engine, ready.validator, ready.builder)
+        async with aclosing(stream.answers(request_iterator)) as responses:
+            async for response in responses:
+                await context.write(response)
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """Draws completions and streams their tokens as they decode."""
         ready = self._ready()
         plan = await checked(partial(ready.validator.generate, received_s=time.monotonic()), request)
-        messages = GenerateMessages(ready.builder, plan)
-        async for several in run(ready.engine, plan.job, lambda events: _begun(messages.push(events))):
-            for message in several:
-                yield message
+        await run(ready.engine, plan.job, GenerateMessages(ready.builder, plan).push, context.write)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
         """Turns text into tokens."""
@@ -81,8 +83,3 @@ class LogprobsServicer(LogprobsServiceServicer):
         if self.ready is None:
             raise NotReadyError("the model is loading")
         return self.ready
-
-
-def _begun(messages: Iterator[pb.GenerateResponse]) -> Iterator[pb.GenerateResponse]:
-    """The messages, the first built already: a step gives one. Others wait for their turn, and hold nobody up."""
-    return chain(list(islice(messages, 1)), messages)

@@ -43,8 +43,14 @@ class Puppet:
 
 
 async def collected(engine: Engine, read: Any) -> list[Any]:
-    """All that the job gives."""
-    return [found async for found in run(engine, JOB, read)]
+    """All that is written of what the job gives."""
+    written: list[Any] = []
+
+    async def write(each: Any) -> None:
+        written.append(each)
+
+    await run(engine, JOB, read, write)
+    return written
 
 
 async def waiting(engine: Puppet, read: Any) -> asyncio.Task[list[Any]]:
@@ -57,9 +63,9 @@ async def waiting(engine: Puppet, read: Any) -> asyncio.Task[list[Any]]:
 async def test_events_that_are_waited_for_are_read_where_they_come_in() -> None:
     engine, read = Puppet(), []
 
-    def note(events: Sequence[Event]) -> int:
+    def note(events: Sequence[Event]) -> list[int]:
         read.append(list(events))
-        return len(read)
+        return [len(read)]
 
     reader = await waiting(engine, note)
     engine.sink([STARTED])
@@ -72,7 +78,7 @@ async def test_events_that_are_waited_for_are_read_where_they_come_in() -> None:
 
 async def test_events_that_nobody_waits_for_are_read_together() -> None:
     engine = Puppet()
-    reader = await waiting(engine, list)
+    reader = await waiting(engine, lambda events: [list(events)])
     engine.sink([STARTED])
     engine.sink([STARTED])  # the reader has not gone on yet
     engine.sink([JobFinished()])
@@ -83,10 +89,10 @@ async def test_events_that_nobody_waits_for_are_read_together() -> None:
 async def test_an_error_in_reading_is_the_readers_and_ends_the_job(late: bool) -> None:
     engine = Puppet()
 
-    def broken(events: Sequence[Event]) -> int:
+    def broken(events: Sequence[Event]) -> Sequence[Event]:
         if events != [STARTED]:
             raise ZeroDivisionError
-        return 0
+        return events
 
     reader = await waiting(engine, broken)
     engine.sink([STARTED])

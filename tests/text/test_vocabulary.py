@@ -75,7 +75,7 @@ def test_pieces_are_the_vocabularys_bytes_but_for_an_added_space(vocabulary: Voc
 def test_every_id_has_bytes_and_special_ones_have_none(vocabulary: Vocabulary, data: st.DataObject) -> None:
     token_id = data.draw(st.integers(0, vocabulary.size - 1))
     name = vocabulary.special_name(token_id)
-    assert vocabulary.is_special(token_id) == (name != "")
+    assert (token_id in vocabulary.special_tokens) == (name != "")
     if name:
         assert (vocabulary.token_bytes(token_id), vocabulary.spelled(token_id)) == (b"", name.encode())
     else:
@@ -97,7 +97,7 @@ def test_bytes_of_any_ids_decode_to_what_the_tokenizer_decodes(kind: str, data: 
 def test_padding_rows_have_no_bytes_and_are_not_special(vocabulary: Vocabulary) -> None:
     padding = range(vocabulary.size - PADDING, vocabulary.size)
     assert {vocabulary.token_bytes(i) + vocabulary.spelled(i) for i in padding} == {b""}
-    assert not any(vocabulary.is_special(i) for i in padding)
+    assert not any(i in vocabulary.special_tokens for i in padding)
 
 
 def test_a_split_character_has_one_byte_in_each_token(byte_fallback: Vocabulary) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -110,18 +110,19 @@ class Vocabulary:
         """The token's bytes, a special one's spelling."""
         return self._spellings[token_id]
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether the tokenizer marks the token as special."""
-        return token_id in self._special
-
     def special_name(self, token_id: int) -> str:
         """How a special token is spelled; empty for others."""
         return self._special.get(token_id, "")
 
     @property
-    def special_names(self) -> frozenset[str]:
-        """How the special tokens are spelled."""
-        return frozenset(self._special.values())
+    def all_token_bytes(self) -> Sequence[bytes]:
+        """What each token adds to a text, by id; for those who look up many."""
+        return self._bytes
+
+    @property
+    def special_tokens(self) -> Mapping[int, str]:
+        """How those tokens are spelled that the tokenizer marks as special, by id."""
+        return self._special
 
     def encode(self, text: str, add_special_tokens: bool, plain: Ranges = ()) -> Encoding:
         """The tokens of a text, with those that the tokenizer puts around it if `add_special_tokens`.
